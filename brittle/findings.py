@@ -1,0 +1,320 @@
+"""Findings: everything an audit found, as one JSON document with a schema.
+
+`Findings.model_json_schema()` is what `brittle schema` prints. Every number that was estimated is an
+`Estimate` with a 95 % interval. Top-level keys are read by other programs and stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+PathKnown = Literal["recorded", "checkpoints", "weights"]
+FailureKind = Literal["natural", "probe", "attack"]
+
+
+class Record(BaseModel):
+    """A strict, immutable part of the findings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="null")
+
+
+class Estimate(Record):
+    """An estimated number with its 95 % interval; all three are None where nothing could be estimated."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class SubjectFacts(Record):
+    """What was audited."""
+
+    name: str
+    spec: str | None = Field(None, description="file.py:make or package.module:make")
+    class_names: list[str]
+    parameters: int
+    input_shape: list[int]
+    bounds: list[float]
+    train: int
+    test: int
+    pool: int
+    optimizer: str | None = None
+    steps: int | None = Field(None, description="optimizer steps on the recorded path")
+
+
+class MemoryFidelity(Record):
+    """How well the group memory, on which the shift map runs, agrees with a finer account on a sample."""
+
+    relative_residual: float
+    shift_cosine: float = Field(description="median cosine of class shifts to the finer account")
+    shift_cosine_p5: float
+    shift_residual: float = Field(description="mean absolute residual of the shift / mean absolute shift")
+    class_cosine: float
+    segments: int
+    nodes: int = Field(description="quadrature nodes over the whole path: gradient passes per input")
+    sample: int = Field(description="number of probes compared")
+
+
+class LedgerRow(Record):
+    """One row of the ledger: its mean and mean absolute value over the queries, in logit units."""
+
+    name: str
+    mean: float
+    mean_absolute: float
+
+
+class Fidelity(Record):
+    """How much of the path is known, and how well the account closes."""
+
+    path: PathKnown
+    statement: str = Field(description="what may and may not be claimed; the report's first lines")
+    verdict: Verdict
+    relative_residual: float | None = None
+    cancellation: float | None = Field(None, description="median over queries of gross / |net|")
+    rows: list[LedgerRow] = []
+    memory: MemoryFidelity | None = None
+
+
+class ClassAccuracy(Record):
+    class_name: str
+    inputs: int
+    accuracy: Estimate
+
+
+class Clean(Record):
+    """Accuracy on the test inputs as they are."""
+
+    inputs: int
+    accuracy: Estimate
+    per_class: list[ClassAccuracy]
+
+
+class FamilyPrediction(Record):
+    """What the shift map says of one probe family."""
+
+    name: str
+    unit: str
+    reference: float = Field(description="severity at which failures are predicted and observed")
+    map_severities: list[float] = Field(description="the small severities the map looked at")
+    predicted_failing: float = Field(description="share of queries whose margin is predicted gone by `reference`")
+    median_severity: float | None = Field(description="median predicted severity at which the margin is gone")
+
+
+class Flow(Record):
+    """Mass that leaves one class of training examples for another, under one probe family."""
+
+    family: str
+    from_class: str
+    to_class: str
+    queries: int
+    leaving: float = Field(description="mean loss of the leaving class's mass per unit of severity, logits")
+    arriving: float = Field(description="mean gain of the arriving class's mass per unit of severity, logits")
+
+
+class ExampleShift(Record):
+    """A training example whose contribution changed between a query and its flip."""
+
+    id: int
+    name: str
+    class_name: str
+    before: float = Field(description="contribution at the query, logits towards the predicted class")
+    after: float
+
+    @property
+    def change(self) -> float:
+        return self.after - self.before
+
+
+class Flip(Record):
+    """A prediction that flips, and the training examples that leave and arrive."""
+
+    query: int = Field(description="position in the test data")
+    how: str = Field(description="attack and norm, or probe family and severity")
+    size: float = Field(description="distance, or severity in the family's unit")
+    unit: str
+    true_class: str
+    before_class: str
+    after_class: str
+    margin_before: float
+    margin_after: float
+    leaving: list[ExampleShift]
+    arriving: list[ExampleShift]
+    picture_before: str = Field(description="key in pictures.safetensors")
+    picture_after: str
+    account: str = Field(description="'path kernel' or 'tangent kernel': what the contributions are")
+
+
+class Prediction(Record):
+    """The shift map, family by family, and the worst flips explained."""
+
+    queries: int
+    groups: list[str]
+    families: list[FamilyPrediction]
+    flows: list[Flow]
+    flips: list[Flip]
+
+
+class HoleTest(Record):
+    """A hole held against observed failures, on inputs that did not make it."""
+
+    members: int
+    failures: int
+    observed_rate: Estimate = Field(description="Wilson interval")
+    base_rate: float = Field(
+        description="failure rate of the same family over all test inputs that are right when clean"
+    )
+    lift: float | None
+    verdict: Verdict = Field(description="pass: the observed interval lies above the base rate")
+
+
+class Hole(Record):
+    """A predicted failure region with place, direction, size and support; test is None until it was tested."""
+
+    id: int
+    title: str
+    families: list[str] = Field(description="probe families that open it, strongest first")
+    from_class: str
+    to_class: str
+    from_group: str = Field(description="cluster of training examples whose mass leaves")
+    to_group: str
+    exemplar: int = Field(description="position in the test data of its most typical member")
+    members: list[int]
+    support: int
+    severity: Estimate = Field(
+        description="median predicted severity, as a share of the family's reference; 5-95 % spread"
+    )
+    predicted_rate: Estimate = Field(description="predicted failure rate of its members at the reference severity")
+    test: HoleTest | None = None
+
+
+class AttackResult(Record):
+    """One attack (or the envelope of all) in one norm, over inputs that are right when clean."""
+
+    name: str
+    norm: Literal["l2", "linf"]
+    kind: Literal["minimal", "fixed", "envelope"]
+    epsilon: float | None = None
+    inputs: int
+    success: Estimate = Field(description="share of inputs fooled, Wilson interval")
+    median_distance: Estimate = Field(description="inputs that no attack fooled count as infinitely far")
+    smallest_share: float | None = Field(None, description="share of inputs on which this attack was the smallest")
+    evaluations: float = Field(description="mean gradient evaluations an input")
+
+
+class Attacks(Record):
+    """Observed adversarial distances: every row is in failures.csv."""
+
+    inputs: int
+    wrong_when_clean: int
+    results: list[AttackResult]
+
+
+class ScoreResult(Record):
+    """How well one score ranks one kind of failure; higher scores mean brittler."""
+
+    name: str
+    ours: bool
+    auroc: Estimate
+    average_precision: Estimate
+    spearman: Estimate = Field(
+        description="with the distance or failure severity; for natural errors with the error itself"
+    )
+
+
+class TargetAgreement(Record):
+    """Predicted against observed for one kind of failure; kinds are never pooled."""
+
+    kind: FailureKind
+    name: str = Field(description="'natural errors', the probe family, or the attack's norm")
+    inputs: int
+    failures: int
+    prevalence: float
+    scores: list[ScoreResult]
+    best_ours: str
+    best_baseline: str
+    gain: Estimate = Field(description="AUROC of our named score minus the best baseline's, paired bootstrap")
+    verdict: Verdict = Field(description="pass: the gain's interval lies above 0; fail: below 0")
+    sentence: str
+
+
+class Agreement(Record):
+    """Predicted failure regions and scores against observed failures on inputs the prediction did not use."""
+
+    inputs: int
+    verdict: Verdict
+    sentence: str
+    targets: list[TargetAgreement]
+
+
+class RegionSuggestion(Record):
+    """A region that lacks data, with the examples of the pool that would fill it."""
+
+    hole: int | None
+    title: str
+    wanted: str = Field(description="one sentence: what kind of example to collect")
+    share_of_failures: float | None
+
+
+class ExampleSuggestion(Record):
+    """An example of the pool to add."""
+
+    pool_id: int
+    name: str
+    class_name: str
+    hole: int | None
+    gain: float = Field(description="marginal coverage at the time it was chosen")
+
+
+class RetrainCheck(Record):
+    """Retraining with the suggested examples against random ones of the same number."""
+
+    added: int
+    seeds: int
+    clean_gain: Estimate = Field(description="points of clean accuracy over random additions, paired over seeds")
+    robust_gain: Estimate = Field(description="points of accuracy under probes at the reference severity over random")
+    base_clean: float
+    random_clean: float
+    suggested_clean: float
+    verdict: Verdict
+    sentence: str
+
+
+class Suggestions(Record):
+    """Which data is missing."""
+
+    regions: list[RegionSuggestion]
+    examples: list[ExampleSuggestion]
+    check: RetrainCheck | None = None
+    note: str = ""
+
+
+class StageCost(Record):
+    stage: str
+    seconds: float
+    peak_memory_mb: float
+    gradient_evaluations: int
+
+
+class Cost(Record):
+    stages: list[StageCost]
+    seconds: float
+    device: str
+
+
+class Findings(Record):
+    """The result of an audit."""
+
+    schema_version: Literal["1.0"] = "1.0"
+    subject: SubjectFacts
+    fidelity: Fidelity
+    clean: Clean
+    prediction: Prediction
+    holes: list[Hole]
+    attacks: Attacks
+    agreement: Agreement
+    suggestions: Suggestions
+    warnings: list[str]
+    cost: Cost

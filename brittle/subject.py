@@ -1,0 +1,254 @@
+"""The subject: the classifier under audit, its data, its bounds and its path.
+
+Data and bounds live in the space of *raw inputs*; the normalization is applied inside `Subject.forward`,
+once, and nowhere else. Everything a user hands over is checked here, at the door, and trusted inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from brittle.data import Examples
+from brittle.errors import DataError, ModelError, NotFiniteError, SubjectError
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(logits, targets) -> scalar, as in the training loop: the mean over the batch, or any weighting of it."""
+
+Forward = Callable[[nn.Module, Tensor], Any]
+"""(model, normalized inputs) -> whatever the model returns."""
+
+Retrain = Callable[[Examples, int], nn.Module]
+"""(training examples, seed) -> a model trained on them the way the audited one was."""
+
+OUTPUT_KEYS = ("logits", "out", "output", "scores")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A classifier under audit. Make one in a factory and name it as `file.py:make`.
+
+    Args:
+        model: returns (B, C) logits, one logit (B,) or (B, 1) for two classes, or a dict or tuple that
+            holds them. Must be in evaluation mode.
+        train: the examples it was trained on, in the order their ids count: `Examples`, (inputs, targets)
+            as tensors or numpy arrays, or a map-style data set whose items are tuples or dicts.
+        test: labelled examples that it was not trained on, in any of the same forms.
+        bounds: smallest and largest value of a raw input.
+        loss: the training loss, (logits, targets) -> scalar; by default cross entropy, and binary cross
+            entropy for a single logit (which gets float targets in the logits' shape).
+        class_names: one name a class; numbers where left out.
+        normalize: (mean, std), numbers or one value a channel; applied inside, to raw inputs.
+        path: the folder that a `Recorder` wrote, or None: then the audit makes local statements only.
+        pool: further labelled examples from which suggestions are drawn.
+        ids: names of the training examples, shown in the report.
+        retrain: (examples, seed) -> a freshly trained model; lets suggestions be checked.
+        forward: (model, normalized inputs) -> output, where calling the model is not `model(x)`.
+        name: how the report calls it.
+
+    Raises:
+        DataError, ModelError, NotFiniteError: with the rule, the value found and the remedy.
+    """
+
+    model: nn.Module
+    train: Examples
+    test: Examples
+    bounds: tuple[float, float] = (0.0, 1.0)
+    loss: Loss | None = None
+    class_names: tuple[str, ...] = ()
+    normalize: tuple[Any, Any] | None = None
+    path: Path | None = None
+    pool: Examples | None = None
+    ids: Sequence[str] | None = None
+    retrain: Retrain | None = None
+    forward: Forward | None = None
+    name: str = ""
+    binary: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        put = lambda key, value: object.__setattr__(self, key, value)  # noqa: E731
+        put("train", Examples.of(self.train, "train", self.ids))
+        put("test", Examples.of(self.test, "test"))
+        put("pool", None if self.pool is None else Examples.of(self.pool, "pool"))
+        put("path", None if self.path is None else Path(self.path))
+        put("bounds", (float(self.bounds[0]), float(self.bounds[1])))
+        put("name", self.name or type(self.model).__name__)
+        _check_weights(self.model)
+        for what, part in self._parts():
+            _check_bounds(part.inputs, self.bounds, what, normalized=self.normalize is not None)
+        logits = self._probe_model()
+        put("binary", logits.dim() == 1 or logits.shape[1] == 1)
+        classes = 2 if self.binary else logits.shape[1]
+        put("class_names", tuple(map(str, self.class_names)) or tuple(map(str, range(classes))))
+        if len(self.class_names) != classes:
+            raise DataError(
+                f"class_names must hold one name a class: the model has {classes} classes, "
+                f"found {len(self.class_names)} names"
+            )
+        for what, part in self._parts():
+            _check_labels(part.targets, classes, what)
+        put("loss", self.loss or (_binary_cross_entropy if self.binary else F.cross_entropy))
+        _check_loss(self.loss_of(logits, self.train.targets[: len(logits)]))
+        self._check_normalized_once()
+
+    @property
+    def classes(self) -> int:
+        """Number of classes (two for a single logit)."""
+        return len(self.class_names)
+
+    @cached_property
+    def scale(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation, shaped to broadcast over one input; None without normalization."""
+        if self.normalize is None:
+            return None
+        shape = self.train.inputs.shape[1:]
+        mean, std = (torch.as_tensor(v, dtype=torch.get_default_dtype()) for v in self.normalize)
+        if not (std > 0).all():
+            raise DataError(f"normalize needs a standard deviation above 0, found {std.tolist()}")
+        spread = lambda v: v.reshape(-1, *[1] * (len(shape) - 1)) if v.dim() == 1 and len(shape) > 1 else v  # noqa: E731
+        return spread(mean), spread(std)
+
+    def run(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Logits of `model` at raw `inputs` (B, *shape): normalized here, once. Shape (B, C), (B, 1) or (B,)."""
+        if self.scale is not None:
+            mean, std = (v.to(inputs) for v in self.scale)
+            inputs = (inputs - mean) / std
+        return _logits(self.forward(model, inputs) if self.forward else model(inputs))
+
+    def class_logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Logits in the form (B, C), a single logit z as (0, z)."""
+        logits = self.run(model, inputs)
+        if not self.binary:
+            return logits
+        logits = logits.reshape(-1)
+        return torch.stack([torch.zeros_like(logits), logits], dim=1)
+
+    def loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The training loss of a batch (scalar); targets become floats for a single logit."""
+        if self.binary or logits.dim() == 1:
+            targets = targets.reshape(logits.shape).to(logits.dtype)
+        assert self.loss is not None
+        return self.loss(logits, targets)
+
+    @torch.no_grad()
+    def predict(self, inputs: Tensor, batch: int = 1024, model: nn.Module | None = None) -> Tensor:
+        """Logits (B, C) of the audited model at raw inputs, in batches, without gradients."""
+        model = self.model if model is None else model
+        device = next(model.parameters()).device
+        parts = [self.class_logits(model, part.to(device)).cpu() for part in inputs.split(batch)]
+        logits = torch.cat(parts) if parts else torch.zeros(0, self.classes)
+        if not logits.isfinite().all():
+            raise NotFiniteError(
+                f"logits must be finite, found {int((~logits.isfinite()).any(1).sum())} inputs of {len(logits)} "
+                "with NaN or infinity; look for overflow in the model at these inputs"
+            )
+        return logits
+
+    def _parts(self) -> list[tuple[str, Examples]]:
+        parts = [("train", self.train), ("test", self.test), ("pool", self.pool)]
+        return [(what, part) for what, part in parts if part is not None]
+
+    @torch.no_grad()
+    def _probe_model(self) -> Tensor:
+        if self.model.training:
+            raise ModelError("the model must be in evaluation mode, it is in training mode; call model.eval()")
+        inputs = self.train.inputs[:8]
+        try:
+            logits = self.run(self.model, inputs.to(next(self.model.parameters()).device)).cpu()
+        except (SubjectError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"the model must accept a batch of raw inputs of shape {tuple(inputs.shape)}; it raised "
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            ) from error
+        if logits.dim() not in (1, 2) or len(logits) != len(inputs):
+            raise ModelError(
+                f"the model must return logits of shape ({len(inputs)}, classes) for {len(inputs)} inputs, "
+                f"found {tuple(logits.shape)}; pass forward= to pick them"
+            )
+        if not logits.isfinite().all():
+            raise NotFiniteError("logits must be finite, the model returns NaN or infinity on its training data")
+        return logits
+
+    def _check_normalized_once(self) -> None:
+        """A model that does far better without the normalization applies it already, or its data had it."""
+        if self.normalize is None:
+            return
+        sample = torch.linspace(0, len(self.train) - 1, min(len(self.train), 500)).long()
+        part = self.train[sample]
+        bare = replace_quietly(self, normalize=None)
+        right = [(s.predict(part.inputs).argmax(1) == part.targets).double().mean().item() for s in (self, bare)]
+        if right[1] > right[0] + 0.2:
+            raise DataError(
+                f"inputs must be normalized once: training accuracy is {right[0]:.0%} with `normalize` and "
+                f"{right[1]:.0%} without; leave `normalize` out, or pass raw inputs to the model"
+            )
+
+
+def replace_quietly(subject: Subject, **changes: Any) -> Subject:
+    """A copy of a checked subject with some fields changed and the checks at the door not repeated."""
+    copy = object.__new__(Subject)
+    copy.__dict__.update({k: v for k, v in subject.__dict__.items() if k != "scale"} | changes)
+    return copy
+
+
+def _binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, targets)
+
+
+def _logits(output: Any) -> Tensor:
+    """The logits inside what a model returned: a tensor, a tuple's first tensor, or a dict's `logits`."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        for key in OUTPUT_KEYS:
+            if isinstance(output.get(key), Tensor):
+                return output[key]
+        raise ModelError(f"a model that returns a dict must name its logits one of {OUTPUT_KEYS}, found {list(output)}")
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise ModelError(f"the model must return a tensor, a dict or a tuple of logits, found {type(output).__name__}")
+
+
+def _check_weights(model: nn.Module) -> None:
+    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if bad:
+        raise NotFiniteError(f"weights must be finite, found NaN or infinity in {bad[0]}; the training diverged")
+    if not any(True for _ in model.parameters()):
+        raise ModelError("the model must have parameters, found none; the path kernel lives on trained weights")
+
+
+def _check_bounds(inputs: Tensor, bounds: tuple[float, float], what: str, normalized: bool) -> None:
+    low, high = bounds
+    if not low < high:
+        raise DataError(f"bounds must be (low, high) with low < high, found {bounds}")
+    least, most = inputs.min().item(), inputs.max().item()
+    slack = 1e-6 * (high - low)
+    if least < low - slack or most > high + slack:
+        hint = "pass raw inputs, they are normalized inside" if normalized else "correct bounds="
+        raise DataError(
+            f"{what} inputs must lie in the bounds [{low:g}, {high:g}], found [{least:.4g}, {most:.4g}]; {hint}"
+        )
+
+
+def _check_labels(targets: Tensor, classes: int, what: str) -> None:
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= classes:
+        raise DataError(f"{what} labels must lie in 0..{classes - 1}, found {low if low < 0 else high}")
+
+
+def _check_loss(loss: Tensor) -> None:
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        raise DataError("the loss must return one number for a batch, as the training loop's does")
+    if not loss.isfinite():
+        raise NotFiniteError(f"the loss must be finite, found {loss.item()} on the first training examples")
