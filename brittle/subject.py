@@ -16,8 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brittle.checks import (
+    check_bounds,
+    check_labels,
+    check_logits,
+    check_loss,
+    check_model,
+    check_shape,
+    checked_bounds,
+    checked_scale,
+    described,
+)
 from brittle.data import Examples
-from brittle.errors import DataError, ModelError, NotFiniteError, SubjectError
+from brittle.errors import DataError, ModelError, SubjectError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits, targets) -> scalar, as in the training loop: the mean over the batch, or any weighting of it."""
@@ -78,24 +89,25 @@ class Subject:
         put("test", Examples.of(self.test, "test"))
         put("pool", None if self.pool is None else Examples.of(self.pool, "pool"))
         put("path", None if self.path is None else Path(self.path))
-        put("bounds", (float(self.bounds[0]), float(self.bounds[1])))
+        put("bounds", checked_bounds(self.bounds))
         put("name", self.name or type(self.model).__name__)
-        _check_weights(self.model)
+        check_model(self.model)
         for what, part in self._parts():
-            _check_bounds(part.inputs, self.bounds, what, normalized=self.normalize is not None)
+            check_shape(part.inputs, self.train.inputs.shape[1:], what)
+            check_bounds(part.inputs, self.bounds, what, normalized=self.normalize is not None)
         logits = self._probe_model()
         put("binary", logits.dim() == 1 or logits.shape[1] == 1)
         classes = 2 if self.binary else logits.shape[1]
         put("class_names", tuple(map(str, self.class_names)) or tuple(map(str, range(classes))))
         if len(self.class_names) != classes:
             raise DataError(
-                f"class_names must hold one name a class: the model has {classes} classes, "
-                f"found {len(self.class_names)} names"
+                f"class_names must hold one name a class, found {len(self.class_names)} names for the model's "
+                f"{classes} classes; name each of them, in the model's order"
             )
         for what, part in self._parts():
-            _check_labels(part.targets, classes, what)
+            check_labels(part.targets, classes, what)
         put("loss", self.loss or (_binary_cross_entropy if self.binary else F.cross_entropy))
-        _check_loss(self.loss_of(logits, self.train.targets[: len(logits)]))
+        check_loss(self._probe_loss(logits))
         self._check_normalized_once()
 
     @property
@@ -108,19 +120,27 @@ class Subject:
         """Mean and standard deviation, shaped to broadcast over one input; None without normalization."""
         if self.normalize is None:
             return None
-        shape = self.train.inputs.shape[1:]
-        mean, std = (torch.as_tensor(v, dtype=torch.get_default_dtype()) for v in self.normalize)
-        if not (std > 0).all():
-            raise DataError(f"normalize needs a standard deviation above 0, found {std.tolist()}")
-        spread = lambda v: v.reshape(-1, *[1] * (len(shape) - 1)) if v.dim() == 1 and len(shape) > 1 else v  # noqa: E731
-        return spread(mean), spread(std)
+        return checked_scale(self.normalize, self.train.inputs.shape[1:])
 
     def run(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """Logits of `model` at raw `inputs` (B, *shape): normalized here, once. Shape (B, C), (B, 1) or (B,)."""
+        """Logits of `model` at raw `inputs` (B, *shape): normalized here, once. Shape (B, C), (B, 1) or (B,).
+
+        Raises `ModelError`, naming the cause, for whatever the user's model raises.
+        """
         if self.scale is not None:
             mean, std = (v.to(inputs) for v in self.scale)
             inputs = (inputs - mean) / std
-        return _logits(self.forward(model, inputs) if self.forward else model(inputs))
+        try:
+            output = self.forward(model, inputs) if self.forward else model(inputs)
+        except SubjectError:
+            raise
+        except Exception as error:
+            kind = str(inputs.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"the model must accept a {kind} batch of shape {tuple(inputs.shape)}, it raised {described(error)}; "
+                "correct the model, or the inputs' shape or type"
+            ) from error
+        return _logits(output)
 
     def class_logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Logits in the form (B, C), a single logit z as (0, z)."""
@@ -132,7 +152,7 @@ class Subject:
 
     def loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The training loss of a batch (scalar); targets become floats for a single logit."""
-        if self.binary or logits.dim() == 1:
+        if self.binary:
             targets = targets.reshape(logits.shape).to(logits.dtype)
         assert self.loss is not None
         return self.loss(logits, targets)
@@ -140,15 +160,13 @@ class Subject:
     @torch.no_grad()
     def predict(self, inputs: Tensor, batch: int = 1024, model: nn.Module | None = None) -> Tensor:
         """Logits (B, C) of the audited model at raw inputs, in batches, without gradients."""
+        if len(inputs) == 0:
+            return torch.zeros(0, self.classes)
         model = self.model if model is None else model
         device = next(model.parameters()).device
         parts = [self.class_logits(model, part.to(device)).cpu() for part in inputs.split(batch)]
-        logits = torch.cat(parts) if parts else torch.zeros(0, self.classes)
-        if not logits.isfinite().all():
-            raise NotFiniteError(
-                f"logits must be finite, found {int((~logits.isfinite()).any(1).sum())} inputs of {len(logits)} "
-                "with NaN or infinity; look for overflow in the model at these inputs"
-            )
+        logits = torch.cat(parts)
+        check_logits(logits, len(inputs))
         return logits
 
     def _parts(self) -> list[tuple[str, Examples]]:
@@ -157,40 +175,38 @@ class Subject:
 
     @torch.no_grad()
     def _probe_model(self) -> Tensor:
-        if self.model.training:
-            raise ModelError("the model must be in evaluation mode, it is in training mode; call model.eval()")
+        """Checked logits of the first training examples."""
         inputs = self.train.inputs[:8]
-        try:
-            logits = self.run(self.model, inputs.to(next(self.model.parameters()).device)).cpu()
-        except (SubjectError, KeyboardInterrupt):
-            raise
-        except Exception as error:
-            raise ModelError(
-                f"the model must accept a batch of raw inputs of shape {tuple(inputs.shape)}; it raised "
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            ) from error
-        if logits.dim() not in (1, 2) or len(logits) != len(inputs):
-            raise ModelError(
-                f"the model must return logits of shape ({len(inputs)}, classes) for {len(inputs)} inputs, "
-                f"found {tuple(logits.shape)}; pass forward= to pick them"
-            )
-        if not logits.isfinite().all():
-            raise NotFiniteError("logits must be finite, the model returns NaN or infinity on its training data")
+        logits = self.run(self.model, inputs.to(next(self.model.parameters()).device)).cpu()
+        check_logits(logits, len(inputs))
         return logits
+
+    def _probe_loss(self, logits: Tensor) -> Any:
+        """The loss of the first training examples, whatever it raises named as the loss's."""
+        try:
+            return self.loss_of(logits, self.train.targets[: len(logits)])
+        except Exception as error:
+            raise DataError(
+                f"the loss must accept (logits, targets) of shapes {tuple(logits.shape)} and ({len(logits)},), "
+                f"it raised {described(error)}; pass the loss that the model was trained with"
+            ) from error
 
     def _check_normalized_once(self) -> None:
         """A model that does far better without the normalization applies it already, or its data had it."""
         if self.normalize is None:
             return
-        sample = torch.linspace(0, len(self.train) - 1, min(len(self.train), 500)).long()
-        part = self.train[sample]
-        bare = replace_quietly(self, normalize=None)
-        right = [(s.predict(part.inputs).argmax(1) == part.targets).double().mean().item() for s in (self, bare)]
-        if right[1] > right[0] + 0.2:
+        part = self.train[torch.linspace(0, len(self.train) - 1, min(len(self.train), 500)).long()]
+        once, bare = (s._accuracy(part) for s in (self, replace_quietly(self, normalize=None)))
+        if bare > once + 0.2:
             raise DataError(
-                f"inputs must be normalized once: training accuracy is {right[0]:.0%} with `normalize` and "
-                f"{right[1]:.0%} without; leave `normalize` out, or pass raw inputs to the model"
+                f"inputs must be normalized once, found a training accuracy of {once:.0%} with normalize= and "
+                f"{bare:.0%} without; leave normalize= out, or take it out of the model or the data"
             )
+
+    @torch.no_grad()
+    def _accuracy(self, part: Examples) -> float:
+        logits = self.class_logits(self.model, part.inputs.to(next(self.model.parameters()).device)).cpu()
+        return (logits.argmax(1) == part.targets).double().mean().item()
 
 
 def replace_quietly(subject: Subject, **changes: Any) -> Subject:
@@ -212,43 +228,15 @@ def _logits(output: Any) -> Tensor:
         for key in OUTPUT_KEYS:
             if isinstance(output.get(key), Tensor):
                 return output[key]
-        raise ModelError(f"a model that returns a dict must name its logits one of {OUTPUT_KEYS}, found {list(output)}")
+        raise ModelError(
+            f"a model that returns a dict must name its logits one of {OUTPUT_KEYS}, found {list(output)}; "
+            "pass forward= to pick them"
+        )
     if isinstance(getattr(output, "logits", None), Tensor):
         return output.logits
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         return output[0]
-    raise ModelError(f"the model must return a tensor, a dict or a tuple of logits, found {type(output).__name__}")
-
-
-def _check_weights(model: nn.Module) -> None:
-    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
-    if bad:
-        raise NotFiniteError(f"weights must be finite, found NaN or infinity in {bad[0]}; the training diverged")
-    if not any(True for _ in model.parameters()):
-        raise ModelError("the model must have parameters, found none; the path kernel lives on trained weights")
-
-
-def _check_bounds(inputs: Tensor, bounds: tuple[float, float], what: str, normalized: bool) -> None:
-    low, high = bounds
-    if not low < high:
-        raise DataError(f"bounds must be (low, high) with low < high, found {bounds}")
-    least, most = inputs.min().item(), inputs.max().item()
-    slack = 1e-6 * (high - low)
-    if least < low - slack or most > high + slack:
-        hint = "pass raw inputs, they are normalized inside" if normalized else "correct bounds="
-        raise DataError(
-            f"{what} inputs must lie in the bounds [{low:g}, {high:g}], found [{least:.4g}, {most:.4g}]; {hint}"
-        )
-
-
-def _check_labels(targets: Tensor, classes: int, what: str) -> None:
-    low, high = int(targets.min()), int(targets.max())
-    if low < 0 or high >= classes:
-        raise DataError(f"{what} labels must lie in 0..{classes - 1}, found {low if low < 0 else high}")
-
-
-def _check_loss(loss: Tensor) -> None:
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
-        raise DataError("the loss must return one number for a batch, as the training loop's does")
-    if not loss.isfinite():
-        raise NotFiniteError(f"the loss must be finite, found {loss.item()} on the first training examples")
+    raise ModelError(
+        f"the model must return a tensor, a dict or a tuple of logits, found {type(output).__name__}; "
+        "pass forward= to pick them"
+    )
