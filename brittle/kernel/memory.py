@@ -1,0 +1,175 @@
+"""The group memory: what each group of examples did to the weights, summed up once.
+
+For segments t of the path and groups g of training examples, U[t, g] (P,) is the displacement credited to the
+group, so that sum_g U[t, g] + decay = w_b - w_a for every segment. Afterwards
+
+    mass of g at any input x = sum_t <Jbar_t(x), U[t, g]>
+
+without a visit to the training data, at a cost that does not depend on N: a superposition of the examples, as in
+Domingos 2020 (arXiv 2012.00152). Walking *forward*, every group has its own optimizer buffer (`rules.advance`),
+so the split is exact for every supported optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from brittle.kernel.quadrature import BLOCK, blocks, midpoints, output_gradients
+from brittle.kernel.sweep import step_rows
+from brittle.path.flat import FlatModel
+from brittle.path.replay import WalkedStep, walk
+from brittle.path.rules import advance
+from brittle.path.store import PathReader
+from brittle.records import Groups, Pairs
+from brittle.subject import Subject
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Displacements by segment and group; the last row of each segment is what decay did.
+
+    `ends[t]` and `ends[t + 1]` are the states at both ends of segment t, `nodes` the midpoints taken in each.
+    """
+
+    ends: Tensor  # shape: (T + 1, P)
+    displacements: Tensor  # shape: (T, G + 1, P)
+    nodes: int
+
+    @property
+    def segments(self) -> int:
+        return len(self.displacements)
+
+    @property
+    def evaluations(self) -> int:
+        """Gradient passes that the mass of one input costs."""
+        return self.segments * self.nodes
+
+    def points(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every node: the state there (P,), and the displacements (G + 1, P) weighted for it."""
+        for t in range(self.segments):
+            for share in midpoints(self.nodes):
+                yield torch.lerp(self.ends[t], self.ends[t + 1], share), self.displacements[t] / self.nodes
+
+    def merged(self, segments: int, nodes: int = 1) -> Memory:
+        """The same memory in fewer, longer segments: cheaper, less exact."""
+        cuts = torch.linspace(0, self.segments, min(segments, self.segments) + 1).round().long().tolist()
+        sums = [self.displacements[a:b].sum(0) for a, b in zip(cuts, cuts[1:], strict=False)]
+        return Memory(self.ends[cuts], torch.stack(sums), nodes)
+
+
+def build(
+    path: PathReader,
+    subject: Subject,
+    groups: Groups,
+    segments: int = 100,
+    nodes: int = 2,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Memory:
+    """The memory of a recorded path in `segments` stretches of equal length along the path.
+
+    Cost: one walk along the path with row gradients; (T + 1) x P and T x (G + 1) x P numbers.
+    """
+    parts = list(displaced(path, subject, groups, even_cuts(path.steps, segments), device, progress))
+    ends = torch.stack([parts[0].low, *(p.high for p in parts)])
+    return Memory(ends.cpu(), torch.stack([p.moved for p in parts]).cpu(), nodes)
+
+
+@dataclass(frozen=True)
+class Displaced:
+    """One segment while the path is walked: its ends, and what each group and decay displaced."""
+
+    low: Tensor  # shape: (P,)
+    high: Tensor  # shape: (P,)
+    moved: Tensor  # shape: (G + 1, P)
+
+
+def displaced(
+    path: PathReader,
+    subject: Subject,
+    groups: Groups,
+    cuts: Sequence[int],
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Iterator[Displaced]:
+    """Walk the path forward and yield the segments between `cuts` (steps, from 0 to the last)."""
+    flat = FlatModel(subject.model, device)
+    labels = groups.labels.to(device)
+    buffers = flat.state.new_zeros(len(groups) + 1, len(flat))
+    moved, stops = torch.zeros_like(buffers), set(cuts[1:])
+    low: Tensor | None = None
+    for interval in walk(path, subject, flat):
+        for step, after in zip(interval.steps, interval.states()[1:], strict=True):
+            low = step.state if low is None else low
+            buffers, gone = _split_step(subject, flat, step, labels, buffers)
+            moved += gone
+            if progress:
+                progress(step.index + 1, path.steps)
+            if step.index + 1 in stops:
+                yield Displaced(low, after, moved)
+                low, moved = after, torch.zeros_like(buffers)
+
+
+def even_cuts(steps: int, segments: int) -> list[int]:
+    """Step numbers that cut the path into `segments` stretches (fewer where it is shorter)."""
+    cuts = torch.linspace(0, steps, min(segments, steps) + 1, dtype=torch.float64)
+    return cuts.round().long().unique().tolist()
+
+
+def mass(
+    memory: Memory,
+    subject: Subject,
+    inputs: Tensor,
+    pairs: Pairs,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Tensor:
+    """Mass by group and, in the last column, what decay did: (R, G + 1), logits, float64.
+
+    Cost: `memory.evaluations` gradient passes an input, whatever the size of the training set.
+    """
+    flat = FlatModel(subject.model, device)
+    total = torch.zeros(len(inputs), memory.displacements.shape[1], dtype=torch.float64)
+    for k, (state, moved) in enumerate(memory.points()):
+        for rows in blocks(len(inputs), BLOCK):
+            gradients = output_gradients(subject, flat, state, inputs[rows], pairs[rows])
+            total[rows] += (gradients @ moved.to(gradients).T).double().cpu()
+        if progress:
+            progress(k + 1, memory.evaluations)
+    return total
+
+
+def fine_mass(
+    path: PathReader,
+    subject: Subject,
+    groups: Groups,
+    inputs: Tensor,
+    pairs: Pairs,
+    segments: int,
+    nodes: int,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Tensor:
+    """The same mass from a finer account that is used up as it is walked and never stored: (R, G + 1)."""
+    total = torch.zeros(len(inputs), len(groups) + 1, dtype=torch.float64)
+    for part in displaced(path, subject, groups, even_cuts(path.steps, segments), device, progress):
+        piece = Memory(torch.stack([part.low, part.high]), part.moved[None], nodes)
+        total += mass(piece, subject, inputs, pairs, device)
+    return total
+
+
+def _split_step(
+    subject: Subject, flat: FlatModel, step: WalkedStep, labels: Tensor, buffers: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step's displacement by group, decay last: the new buffers and what they moved, (G + 1, P)."""
+    rows = step_rows(subject, flat, step)
+    by_group = torch.zeros_like(buffers).index_add_(0, labels[step.ids.to(labels.device)], rows)
+    kept, moved = advance(step.rule, buffers[:-1], by_group[:-1], None)
+    decay_kept, decay_moved = advance(step.rule, buffers[-1], by_group[-1], step.state.to(rows))
+    return torch.cat([kept, decay_kept[None]]), torch.cat([moved, decay_moved[None]])

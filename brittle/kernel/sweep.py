@@ -1,0 +1,179 @@
+"""The account of each output, example by example: one walk backwards along the path.
+
+For query x with output f, weights w_s and D_s = w_{s+1} - w_s (Domingos 2020, arXiv 2012.00152, eq. 1 made
+exact by taking the line integral of each step):
+
+    f(x; w_S) - f(x; w_0) = sum_s integral_0^1 J(x; w_s + t D_s) D_s dt.
+
+Every D_s is linear in the gradients of this step and of earlier ones (`path.rules`). Walking backwards with one
+buffer E per query collects how much a gradient spent at step j moved the output through all later steps;
+
+    contribution of example i in step j = - <credit_j, row gradient of i at w_j>.
+
+Memory is queries x parameters, never examples x parameters. Segments of several steps share one Jbar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from brittle.kernel.gradients import row_gradients
+from brittle.kernel.quadrature import line_gradient, outputs_at
+from brittle.path.flat import FlatModel
+from brittle.path.replay import Interval, WalkedStep, training_loss, walk
+from brittle.path.rules import pull_back
+from brittle.path.store import PathReader
+from brittle.records import Ledger, Pairs
+from brittle.subject import Subject
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Quadrature:
+    """How finely segments are taken.
+
+    segment: steps that share one averaged gradient. nodes: midpoints to begin with. most: midpoints at most.
+    tolerance: the relative residual aimed at; a segment may miss tolerance * (learned change) / sqrt(segments).
+    """
+
+    segment: int = 4
+    nodes: int = 2
+    most: int = 18
+    tolerance: float = 0.005
+
+
+@dataclass(frozen=True)
+class Swept:
+    """The ledger of M outputs and what it cost."""
+
+    ledger: Ledger
+    drift: float
+    evaluations: int
+
+
+def sweep(
+    path: PathReader,
+    subject: Subject,
+    inputs: Tensor,
+    pairs: Pairs,
+    quadrature: Quadrature | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Swept:
+    """The ledger of the outputs `pairs` at `inputs`, from the recorded path.
+
+    Args:
+        inputs: raw inputs, (M, *input).
+        pairs: the two classes of each output's margin.
+
+    Returns:
+        `Swept`; its ledger's rows add up to the outputs, and `residual` is what quadrature missed.
+
+    Raises:
+        PathMismatchError, DamagedFileError: where the path does not replay or cannot be read.
+
+    Cost: S batches of row gradients and M x B x P multiplications a step; Jbar costs M x nodes gradient passes
+    a segment.
+    """
+    q = quadrature or Quadrature()
+    flat = FlatModel(subject.model, device)
+    account = _Account(subject, flat, inputs, pairs, path, q)
+    done = 0
+    for segment, drift in _segments(path, subject, flat, q.segment):
+        account.take(segment, drift)
+        done += len(segment.steps)
+        if progress:
+            progress(done, path.steps)
+    return account.close()
+
+
+def _segments(path: PathReader, subject: Subject, flat: FlatModel, size: int) -> Iterator[tuple[Interval, float]]:
+    """The path's steps from last to first, `size` at a time (fewer where stored states are nearer)."""
+    pending: list[WalkedStep] = []
+    end: Tensor | None = None
+    for interval in walk(path, subject, flat, reverse=True):
+        end = interval.end if end is None else end
+        pending = interval.steps + pending
+        while len(pending) >= size:
+            yield Interval(pending[-size:], end, interval.drift), interval.drift
+            end, pending = pending[-size].state, pending[:-size]
+    if pending and end is not None:
+        yield Interval(pending, end, 0.0), 0.0
+
+
+class _Account:
+    """The ledger in the making: rows that grow as segments are taken, last segment first."""
+
+    def __init__(
+        self, subject: Subject, flat: FlatModel, inputs: Tensor, pairs: Pairs, path: PathReader, q: Quadrature
+    ) -> None:
+        self.subject, self.flat, self.inputs, self.pairs, self.q = subject, flat, inputs, pairs, q
+        device, m = flat.state.device, len(inputs)
+        self.output = self.start = outputs_at(subject, flat, path.snapshot(path.steps).state, inputs, pairs)
+        first = outputs_at(subject, flat, path.snapshot(0).state, inputs, pairs)
+        learned = (self.output - first).abs().mean().item()
+        self.allowed = q.tolerance * learned / max(1.0, path.steps / q.segment) ** 0.5
+        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=device)  # noqa: E731
+        self.contributions = zeros(m, len(subject.train))
+        self.decay, self.buffers, self.explained, self.moved = zeros(m), zeros(m), zeros(m), zeros(m)
+        self.credit_later = flat.state.new_zeros(m, len(flat))
+        self.nodes, self.evaluations, self.drift = q.nodes, 0, 0.0
+
+    def take(self, segment: Interval, drift: float) -> None:
+        """Account for one segment: its averaged gradient, then its steps from last to first."""
+        begin, p = segment.steps[0].state, self.flat.parameters
+        before = outputs_at(self.subject, self.flat, begin, self.inputs, self.pairs)
+        line = line_gradient(
+            self.subject,
+            self.flat,
+            (begin, segment.end),
+            self.inputs,
+            self.pairs,
+            self.start - before,
+            self.allowed,
+            self.nodes,
+            self.q.most,
+        )
+        displacement = (segment.end - begin).to(line.jacobian)
+        self.moved += (line.jacobian[:, :p] @ displacement[:p]).double()
+        self.buffers += (line.jacobian[:, p:] @ displacement[p:]).double()
+        for step in reversed(segment.steps):
+            self._spend(step, line.jacobian)
+        self.start = before
+        self.nodes = max(self.q.nodes, line.nodes // 3)
+        self.evaluations += line.nodes * len(self.inputs)
+        self.drift = max(self.drift, drift)
+
+    def _spend(self, step: WalkedStep, jacobian: Tensor) -> None:
+        credit, self.credit_later = pull_back(step.rule, self.credit_later, jacobian)
+        rows = step_rows(self.subject, self.flat, step)
+        shares = -step.rule.clip * (credit @ rows.T).double()  # shape: (M, B)
+        self.contributions.index_add_(1, step.ids.to(shares.device), shares)
+        decay = -((credit * step.rule.l2 + jacobian * step.rule.decoupled) @ step.state.to(credit)).double()
+        self.decay += decay
+        self.explained += shares.sum(1) + decay
+        self.evaluations += len(step.ids)
+
+    def close(self) -> Swept:
+        start, output = self.start.double(), self.output.double()
+        ledger = Ledger(
+            start=start.cpu(),
+            contributions=self.contributions.cpu(),
+            decay=self.decay.cpu(),
+            buffers=self.buffers.cpu(),
+            unexplained=(self.moved - self.explained).cpu(),
+            residual=(output - start - self.moved - self.buffers).cpu(),
+            output=output.cpu(),
+        )
+        return Swept(ledger, self.drift, self.evaluations)
+
+
+def step_rows(subject: Subject, flat: FlatModel, step: WalkedStep) -> Tensor:
+    """Row gradients of a step's loss, the loss's own weights (1/B for a mean) included. Shape (B, P)."""
+    flat.load(step.state)
+    return row_gradients(flat, lambda: training_loss(subject, flat, step.ids), len(step.ids))

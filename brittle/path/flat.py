@@ -1,0 +1,89 @@
+"""A working copy of a model whose parameters and buffers are views of one vector.
+
+The state `w` (P,) holds the parameters in the order of `named_parameters`, then the floating-point buffers
+(running statistics) in the order of `named_buffers`. Loading another point of the path is one copy, and every
+gradient in the package has this layout. The user's own model is never touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one parameter or buffer lies in the state vector."""
+
+    name: str
+    shape: torch.Size
+    start: int
+    buffer: bool
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.shape.numel()
+
+
+def layout(model: nn.Module) -> tuple[Slot, ...]:
+    """The slots of a model's state vector."""
+    slots: list[Slot] = []
+    named: list[tuple[str, Tensor, bool]] = [(name, p, False) for name, p in model.named_parameters()]
+    named += [(name, b, True) for name, b in model.named_buffers() if b.is_floating_point()]
+    start = 0
+    for name, tensor, buffer in named:
+        slots.append(Slot(name, tensor.shape, start, buffer))
+        start = slots[-1].stop
+    return tuple(slots)
+
+
+@torch.no_grad()
+def state_of(model: nn.Module) -> Tensor:
+    """The state vector of a model, a copy of shape (P,)."""
+    tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+class FlatModel:
+    """A copy of `model` that lives at any point of the path.
+
+    `state` (P,) is the vector that the copy's parameters and buffers are views of, `parameters` counts its
+    leading entries that are parameters. The copy's parameters ask for no gradient by themselves.
+    """
+
+    def __init__(self, model: nn.Module, device: str | torch.device = "cpu") -> None:
+        self.model = copy.deepcopy(model).to(device)
+        self.slots = layout(model)
+        self.parameters = sum(s.shape.numel() for s in self.slots if not s.buffer)
+        self.state = state_of(self.model)
+        self._bind()
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    def load(self, state: Tensor) -> None:
+        """Move the copy to another point of the path. state: (P,)."""
+        self.state.copy_(state)
+
+    def train(self) -> nn.Module:
+        """The copy in training mode, as the recorded steps ran."""
+        return self.model.train()
+
+    def eval(self) -> nn.Module:
+        """The copy in evaluation mode, as predictions run."""
+        return self.model.eval()
+
+    def _bind(self) -> None:
+        for slot in self.slots:
+            owner = self.model.get_submodule(slot.name.rpartition(".")[0])
+            leaf = slot.name.rpartition(".")[2]
+            view = self.state[slot.start : slot.stop].view(slot.shape)
+            if slot.buffer:
+                owner._buffers[leaf] = view
+            else:
+                parameter = owner._parameters[leaf]
+                assert parameter is not None
+                parameter.requires_grad_(False).data = view

@@ -1,0 +1,175 @@
+"""Walk the recorded path step by step; replay the steps between two stored states and check where they end.
+
+A replayed step recomputes the batch's gradient at w_j in training mode, spends it by the optimizer's rule
+(`rules.advance`), and so reaches w_{j+1}. At the next stored state the replay is compared with what training
+really reached: `drift` is the distance between them over the length of the interval. Other data, another loss,
+or randomness that was not recorded shows there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from brittle.errors import DataError, NotFiniteError, PathMismatchError
+from brittle.path.flat import FlatModel, layout, state_of
+from brittle.path.rules import StepRule, advance, second_moment_after, step_rule
+from brittle.path.store import PathReader, Snapshot
+from brittle.subject import Subject
+
+DRIFT_LIMIT = 0.01
+"""Drift above which a path is taken to belong to another training."""
+
+
+@dataclass(frozen=True)
+class WalkedStep:
+    """One step of the path: the state before it, its examples, and how its gradient was spent."""
+
+    index: int
+    state: Tensor  # shape: (P,)
+    ids: Tensor  # shape: (B,)
+    rule: StepRule
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The steps between two stored states, `end` being the state after the last."""
+
+    steps: list[WalkedStep]
+    end: Tensor  # shape: (P,)
+    drift: float
+
+    def states(self) -> list[Tensor]:
+        """The states before every step, and the end."""
+        return [*(s.state for s in self.steps), self.end]
+
+
+def intervals(path: PathReader, reverse: bool = False) -> list[tuple[int, int]]:
+    """The stretches [start, stop) between stored states, in or against the order of training."""
+    found = list(pairwise(path.marks))
+    return found[::-1] if reverse else found
+
+
+def walk(path: PathReader, subject: Subject, flat: FlatModel, reverse: bool = False) -> Iterator[Interval]:
+    """The intervals of the path, replayed where a state was not stored. Raises `PathMismatchError` on drift."""
+    for start, stop in intervals(path, reverse):
+        yield replay(path, subject, flat, start, stop)
+
+
+def replay(path: PathReader, subject: Subject, flat: FlatModel, start: int, stop: int) -> Interval:
+    """The steps from `start` up to `stop`, two neighbouring marks of the path.
+
+    A single step needs no gradient: its end is stored, and with it Adam's second moment.
+    """
+    before, after = path.snapshot(start), path.snapshot(stop)
+    if stop == start + 1:
+        seen = path.step(start)
+        rule = step_rule(path.recipe(start), _second_moment(after, len(flat)))
+        return Interval([WalkedStep(start, before.state, seen.ids, rule)], after.state, drift=0.0)
+    steps, reached = _run(path, subject, flat, before, stop)
+    drift = ((reached - after.state).norm() / (after.state - before.state).norm().clamp_min(1e-30)).item()
+    if not drift <= DRIFT_LIMIT:
+        raise PathMismatchError(
+            f"the path must replay: from step {start} to {stop} it ends {drift:.2%} of the way off; the model, loss, "
+            "training data or their order differ from what was recorded, or training drew random numbers"
+        )
+    return Interval(steps, after.state, drift)
+
+
+def training_loss(subject: Subject, flat: FlatModel, ids: Tensor) -> Tensor:
+    """The loss of one recorded step at the flat model's present state, in training mode; a scalar."""
+    device = flat.state.device
+    inputs, targets = subject.train.inputs[ids].to(device), subject.train.targets[ids].to(device)
+    loss = subject.loss_of(subject.run(flat.train(), inputs.to(flat.state.dtype)), targets)
+    if not loss.isfinite():
+        raise NotFiniteError(f"the training loss must be finite, found {loss.item()} while replaying the path")
+    return loss
+
+
+def batch_gradient(subject: Subject, flat: FlatModel, ids: Tensor) -> Tensor:
+    """Gradient of a step's loss with respect to the state, shape (P,); 0 for buffers."""
+    parameters = [p.requires_grad_(True) for p in flat.model.parameters()]
+    try:
+        gradients = torch.autograd.grad(training_loss(subject, flat, ids), parameters, allow_unused=True)
+    finally:
+        for p in parameters:
+            p.requires_grad_(False)
+    parts = [(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(gradients, parameters, strict=True)]
+    return pad(torch.cat(parts), (0, len(flat) - flat.parameters))
+
+
+def check_path(path: PathReader, subject: Subject) -> None:
+    """Check that the path belongs to this model and this training data, at the door.
+
+    Compares the architecture and the final weights, and replays single steps at the beginning, the middle and
+    the end. Raises `PathMismatchError` with what differs.
+    """
+    mine = [(s.name, tuple(s.shape), s.buffer) for s in layout(subject.model)]
+    if mine != path.slots:
+        raise PathMismatchError(
+            f"the path was recorded with {_describe(path.slots)}, this model has {_describe(mine)}; "
+            "audit it with the model it was recorded from"
+        )
+    final, reached = state_of(subject.model).cpu(), path.snapshot(path.steps).state
+    if not torch.allclose(final, reached, rtol=1e-4, atol=1e-6):
+        raise PathMismatchError(
+            f"the path must end at the audited weights, they differ by up to {(final - reached).abs().max():.3g}; "
+            "load the weights that this training ended with, or record it again"
+        )
+    flat = FlatModel(subject.model)
+    for step in sorted({0, path.steps // 2, path.steps - 1}):
+        _check_ids(path.step(step).ids, len(subject.train))
+        start, stop = next((a, b) for a, b in intervals(path) if a <= step < b)
+        before, after = path.snapshot(start), path.snapshot(stop)
+        _, end = _run(path, subject, flat, before, stop)
+        off = ((end - after.state).norm() / (after.state - before.state).norm().clamp_min(1e-30)).item()
+        if not off <= DRIFT_LIMIT:
+            raise PathMismatchError(
+                f"recomputing step {step} must reproduce the recorded weights, it ends {off:.0%} of the step off; "
+                "the training data, their order (ids), the loss or the normalization differ from the training's"
+            )
+
+
+def _run(
+    path: PathReader, subject: Subject, flat: FlatModel, before: Snapshot, stop: int
+) -> tuple[list[WalkedStep], Tensor]:
+    """Replay from a snapshot up to step `stop`: the steps, and the state reached."""
+    size, state = len(flat), before.state
+    buffer, moment = _padded(before, 0, size), _second_moment(before, size)
+    steps = []
+    for index in range(before.step, stop):
+        ids, recipe = path.step(index).ids, path.recipe(index)
+        flat.load(state)
+        gradient = batch_gradient(subject, flat, ids)
+        if moment is not None:
+            moment = second_moment_after(recipe, moment, gradient, state)
+        rule = step_rule(recipe, moment)
+        steps.append(WalkedStep(index, state, ids, rule))
+        buffer, moved = advance(rule, buffer, gradient, state)
+        state = torch.cat([(state + moved)[: flat.parameters], flat.state[flat.parameters :]])
+    return steps, state
+
+
+def _second_moment(snapshot: Snapshot, size: int) -> Tensor | None:
+    return _padded(snapshot, 1, size) if len(snapshot.buffers) > 1 else None
+
+
+def _padded(snapshot: Snapshot, which: int, size: int) -> Tensor:
+    """The optimizer's buffer number `which` over the whole state, shape (P,)."""
+    buffer = list(snapshot.buffers.values())[which]
+    return pad(buffer, (0, size - len(buffer)))
+
+
+def _check_ids(ids: Tensor, count: int) -> None:
+    if int(ids.max()) >= count:
+        raise DataError(f"ids must be positions in the {count} training examples, the path names {int(ids.max())}")
+
+
+def _describe(slots: list[tuple[str, tuple[int, ...], bool]]) -> str:
+    name, shape, _ = slots[-1]
+    return f"{len(slots)} tensors, the last {name} {shape}"
