@@ -1,0 +1,222 @@
+"""The run folder: the only place that knows what is written where.
+
+    settings.json          enough to repeat the run; a folder with other settings is refused
+    STAGE/STAGE.safetensors, STAGE/PART.safetensors      arrays of one stage (memory, ledger, shift, ...)
+    pictures.safetensors   the images of the report
+    NAME.json              documents: holes, findings (schema-checked)
+    failures.csv           one row per query and attack or probe
+    report.html            the page
+
+Each file is written whole, with its checksum beside it (`brittle.shards`). A stage's result that is there and
+undamaged is loaded instead of computed: so the same command resumes. One process at a time holds the folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import pydantic
+from torch import Tensor
+
+from brittle.errors import DamagedFileError, DiskError, RunFolderError, UsageError
+from brittle.findings import Findings
+from brittle.settings import as_written, difference, versions
+from brittle.shards import read_arrays, read_bytes, read_notes, whole, write_arrays, write_bytes
+
+OURS = (".json", ".csv", ".html", ".safetensors")
+"""Endings of the files that this module writes."""
+
+
+def open_run(root: Path | str, settings: Mapping[str, Any]) -> RunFolder:
+    """Begin a run in `root`, or resume the run of the same settings, and hold the folder until it is closed.
+
+    Args:
+        root: an absent or empty folder (a recorded `path/` may lie in it), or the folder of an earlier run.
+        settings: whatever the result depends on, as plain data; the versions of the libraries are added.
+
+    Raises:
+        RunFolderError: where the folder belongs to another audit, is no run folder, or is held by a process.
+        DiskError: where it cannot be written.
+    """
+    root, wanted = Path(root), as_written({**settings, "versions": versions()})
+    run = RunFolder(root, _hold(root))
+    try:
+        if _begun(root):
+            other = difference(run.load_document("settings"), wanted)
+            if other:
+                raise RunFolderError(
+                    f"{root} belongs to another audit: {other}; name another --out, or delete the folder"
+                )
+        else:
+            run.save_document("settings", wanted)
+        for leftover in root.rglob(".*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink(missing_ok=True)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def read_run(root: Path | str) -> RunFolder:
+    """The run in `root`, for reading. Raises `RunFolderError` where there is none."""
+    root = Path(root)
+    if not (root / "settings.json").exists():
+        found = "has no settings.json" if root.is_dir() else "is a file" if root.exists() else "does not exist"
+        raise RunFolderError(f"RUN must be a folder that `brittle audit --out` wrote, {root} {found}; correct its name")
+    return RunFolder(root)
+
+
+class RunFolder:
+    """One audit's files. Made by `open_run` (to write, holding the folder) and `read_run` (to read)."""
+
+    def __init__(self, root: Path, lock: IO[str] | None = None) -> None:
+        self.root, self._lock = root, lock
+
+    def has(self, name: str) -> bool:
+        """Whether the arrays of a stage, or of a part `STAGE/PART`, are there and undamaged."""
+        return whole(self.arrays_path(name))
+
+    def save(self, name: str, arrays: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
+        """Write the arrays of a stage, with text notes."""
+        write_arrays(self.arrays_path(name), arrays, notes)
+
+    def load(self, name: str) -> dict[str, Tensor]:
+        """The arrays of a stage. Raises `DamagedFileError` where they are missing or damaged."""
+        return read_arrays(self.arrays_path(name))
+
+    def notes(self, name: str) -> dict[str, str]:
+        """The text notes beside the arrays of a stage."""
+        return read_notes(self.arrays_path(name))
+
+    def has_document(self, name: str) -> bool:
+        """Whether NAME.json is there and undamaged."""
+        return whole(self.root / f"{name}.json")
+
+    def save_document(self, name: str, value: Any) -> None:
+        """Write plain data as NAME.json. Raises `ValueError` for numbers that JSON does not know."""
+        write_bytes(self.root / f"{name}.json", json.dumps(value, indent=1, allow_nan=False).encode())
+
+    def load_document(self, name: str) -> Any:
+        """The plain data of NAME.json."""
+        return _read_json(self.root / f"{name}.json")
+
+    def save_findings(self, findings: Findings) -> None:
+        """Write findings.json, after a look that it can be read back."""
+        content = findings.model_dump_json(indent=1)
+        Findings.model_validate_json(content)
+        write_bytes(self.root / "findings.json", content.encode())
+
+    def findings(self) -> Findings:
+        """The audit's findings. Raises `DamagedFileError` where they break the schema, `UsageError` before the end."""
+        path = self.root / "findings.json"
+        if not path.exists():
+            raise UsageError(f"{self.root} has no findings yet; run its audit to the end with the same command")
+        try:
+            return Findings.model_validate_json(read_bytes(path))
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise DamagedFileError(
+                f"{path} must obey `brittle schema`, found at {where or 'its top'}: {first['msg']}; audit again"
+            ) from error
+
+    def save_failures(self, rows: Iterable[Mapping[str, object]]) -> None:
+        """Write failures.csv; the first row's keys are the columns."""
+        rows = list(rows)
+        text = io.StringIO()
+        table = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        write_bytes(self.root / "failures.csv", text.getvalue().encode())
+
+    def failures(self) -> list[dict[str, str]]:
+        """The rows of failures.csv, as text."""
+        return list(csv.DictReader(io.StringIO(read_bytes(self.root / "failures.csv").decode())))
+
+    def save_report(self, page: str) -> Path:
+        """Write report.html; returns its path."""
+        write_bytes(self.root / "report.html", page.encode())
+        return self.root / "report.html"
+
+    def verify(self) -> int:
+        """Check every file against its checksum and the findings against their schema.
+
+        Returns how many files are whole. Raises `DamagedFileError` that names the first damaged one.
+        """
+        files = sorted(p for p in self.root.rglob("*") if p.suffix in OURS and not p.name.startswith("."))
+        noted = {p.with_suffix("") for p in self.root.rglob("*.sha256")}
+        for path in sorted({*files, *noted}):
+            read_bytes(path)
+        if self.root / "findings.json" in files:
+            self.findings()
+        return len(files)
+
+    def arrays_path(self, name: str) -> Path:
+        """Where the arrays of a stage (`ledger`) or of its part (`ledger/3`) lie."""
+        if name == "pictures":
+            return self.root / "pictures.safetensors"
+        return self.root / f"{name if '/' in name else f'{name}/{name}'}.safetensors"
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _hold(root: Path) -> IO[str]:
+    """Make the folder and lock it; the system lets go of the lock when the process ends, however it ends."""
+    if root.exists() and not root.is_dir():
+        raise RunFolderError(f"--out must name a folder, {root} is a file; name another")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file = open(root / ".lock", "a+")  # noqa: SIM115  (held until the run is closed)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        return file
+    except BlockingIOError as error:
+        file.seek(0)
+        raise RunFolderError(
+            f"one audit at a time may write to {root}, process {file.read() or 'of another user'} does; "
+            "wait for its end, or name another --out"
+        ) from error
+    except OSError as error:
+        raise DiskError(f"cannot write {root}: {error.strerror}; free space or name another --out") from error
+
+
+def _begun(root: Path) -> bool:
+    """Whether `root` is a run folder; an empty one, or one in which a run was killed at once, is not yet."""
+    settings = root / "settings.json"
+    others = [p.name for p in root.iterdir() if p.name != "path" and p.suffix != ".tmp" and p.name != ".lock"]
+    if set(others) <= {settings.name, f"{settings.name}.sha256"}:
+        return whole(settings)
+    if not settings.exists():
+        raise RunFolderError(
+            f"--out must name an absent or empty folder, or a run folder; {root} holds {len(others)} other files, "
+            f"{min(others)} among them; name another"
+        )
+    return True
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(read_bytes(path))
+    except json.JSONDecodeError as error:
+        raise DamagedFileError(f"{path} must be JSON, found {error}; delete it and run the command again") from error
