@@ -14,10 +14,8 @@ undamaged is loaded instead of computed: so the same command resumes. One proces
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -26,8 +24,9 @@ from typing import IO, Any
 import pydantic
 from torch import Tensor
 
-from brittle.errors import DamagedFileError, DiskError, RunFolderError, UsageError
+from brittle.errors import DamagedFileError, RunFolderError, UsageError
 from brittle.findings import Findings
+from brittle.locks import hold
 from brittle.settings import as_written, difference, versions
 from brittle.shards import read_arrays, read_bytes, read_notes, whole, write_arrays, write_bytes
 
@@ -47,7 +46,7 @@ def open_run(root: Path | str, settings: Mapping[str, Any]) -> RunFolder:
         DiskError: where it cannot be written.
     """
     root, wanted = Path(root), as_written({**settings, "versions": versions()})
-    run = RunFolder(root, _hold(root))
+    run = RunFolder(root, hold(root))
     try:
         if _begun(root):
             other = difference(run.load_document("settings"), wanted)
@@ -177,28 +176,6 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _hold(root: Path) -> IO[str]:
-    """Make the folder and lock it; the system lets go of the lock when the process ends, however it ends."""
-    if root.exists() and not root.is_dir():
-        raise RunFolderError(f"--out must name a folder, {root} is a file; name another")
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        file = open(root / ".lock", "a+")  # noqa: SIM115  (held until the run is closed)
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        return file
-    except BlockingIOError as error:
-        file.seek(0)
-        raise RunFolderError(
-            f"one audit at a time may write to {root}, process {file.read() or 'of another user'} does; "
-            "wait for its end, or name another --out"
-        ) from error
-    except OSError as error:
-        raise DiskError(f"cannot write {root}: {error.strerror}; free space or name another --out") from error
 
 
 def _begun(root: Path) -> bool:

@@ -29,8 +29,18 @@ def versions() -> dict[str, str]:
 def fingerprints(subject: Subject) -> dict[str, str]:
     """Short SHA-256 digests of the subject's weights and data."""
     parts = {"train": subject.train, "test": subject.test, "pool": subject.pool}
-    prints = {what: _digest(part.inputs, part.targets) for what, part in parts.items() if part is not None}
-    return {"weights": _digest(*subject.model.state_dict().values()), **prints}
+    prints = {what: digest(part.inputs, part.targets) for what, part in parts.items() if part is not None}
+    return {"weights": digest(*subject.model.state_dict().values()), **prints}
+
+
+def digest(*tensors: Tensor) -> str:
+    """Short SHA-256 of tensors: types, shapes and values."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.numel():
+            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()[:16]
 
 
 def as_written(settings: Any) -> Any:
@@ -56,15 +66,6 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: value}
     parts = [_flat(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items()]
     return {key: inner for part in parts for key, inner in part.items()}
-
-
-def _digest(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        if tensor.numel():
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def _version(name: str) -> str:

@@ -104,7 +104,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path) ->
     with pytest.raises(RunFolderError, match=r"absent or empty folder.*holds 1 other files, thesis.tex.*name another"):
         open_run(tmp_path, SETTINGS)
     assert files(tmp_path) <= {"thesis.tex", ".lock"}
-    with pytest.raises(RunFolderError, match=r"must name a folder, .* is a file; name another"):
+    with pytest.raises(RunFolderError, match=r"must be a folder, found a file; name another"):
         open_run(tmp_path / "thesis.tex", SETTINGS)
 
 
@@ -191,7 +191,7 @@ def test_what_is_no_run_folder_cannot_be_read(tmp_path: Path, make: Callable[[Pa
 def test_two_audits_cannot_hold_one_folder(tmp_path: Path) -> None:
     with (
         open_run(tmp_path, SETTINGS),
-        pytest.raises(RunFolderError, match=rf"process {os.getpid()} does; wait") as caught,
+        pytest.raises(RunFolderError, match=rf"found {os.getpid()} at work in it; wait") as caught,
     ):
         open_run(tmp_path, SETTINGS)
     assert caught.value.exit_status == 2
@@ -235,7 +235,7 @@ def test_a_folder_that_cannot_be_made_is_a_disk_error(tmp_path: Path, monkeypatc
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(DiskError, match=r"cannot write .*: Permission denied; free space or name another --out"):
+    with pytest.raises(DiskError, match=r"cannot write .*: Permission denied; free space or name another folder"):
         open_run(tmp_path / "run", SETTINGS)
 
 
