@@ -1,0 +1,89 @@
+"""The tangent kernel of the final weights: what can be said when the path is not known.
+
+At the final weights w, one more step of gradient descent on example i would move the output at x by
+
+    - lr <J(x; w), grad loss_i(w)>.
+
+This is local: it says which examples would move a prediction now, not which ones made it, and it closes no
+account. Numbers are logits per unit of learning rate of a full-batch step (each example weighs 1/N).
+
+Source: Jacot, Gabriel, Hongler 2018, "Neural Tangent Kernel" (arXiv 1806.07572).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from brittle.data import Examples
+from brittle.kernel.gradients import row_gradients
+from brittle.kernel.memory import Memory
+from brittle.kernel.quadrature import BLOCK, blocks, output_gradients
+from brittle.path.flat import FlatModel
+from brittle.records import Groups, Pairs
+from brittle.subject import Subject
+
+Progress = Callable[[int, int], None]
+
+
+def tangent_contributions(
+    subject: Subject, inputs: Tensor, pairs: Pairs, device: str = "cpu", progress: Progress | None = None
+) -> Tensor:
+    """Tangent contributions of every training example to M outputs: (M, N).
+
+    Cost: one row-gradient pass over the training data, M x N x P multiplications, M x P numbers held.
+    """
+    flat = FlatModel(subject.model, device)
+    jacobian = torch.cat([j for j in _jacobians(subject, flat, inputs, pairs)])
+    out = torch.zeros(len(inputs), len(subject.train))
+    for rows, gradients in _loss_gradients(subject, flat, progress):
+        out[:, rows] = -(jacobian @ gradients.T).cpu()
+    return out
+
+
+def tangent_memory(subject: Subject, groups: Groups, device: str = "cpu", progress: Progress | None = None) -> Memory:
+    """The groups' full-batch gradient steps at the final weights, as a memory of one segment of length zero."""
+    flat = FlatModel(subject.model, device)
+    moved = flat.state.new_zeros(len(groups) + 1, len(flat))
+    for rows, gradients in _loss_gradients(subject, flat, progress):
+        moved.index_add_(0, groups.labels[rows].to(device), -gradients)
+    return Memory(flat.state.cpu().expand(2, -1).clone(), moved.cpu()[None], nodes=1)
+
+
+def tangent_features(
+    subject: Subject, examples: Examples, dimensions: int, generator: torch.Generator, device: str = "cpu"
+) -> Tensor:
+    """Output gradients at the final weights, randomly projected: (len(examples), dimensions).
+
+    Inner products estimate the tangent kernel between margins with relative error about 1 / sqrt(dimensions)
+    (Johnson and Lindenstrauss 1984); use them for short-listing, not for accounts.
+    """
+    flat = FlatModel(subject.model, device)
+    size = min(dimensions, len(flat))
+    projection = torch.randn(len(flat), size, generator=generator).to(flat.state) / size**0.5
+    pairs = Pairs.of(subject.predict(examples.inputs))
+    return torch.cat([(j @ projection).cpu() for j in _jacobians(subject, flat, examples.inputs, pairs)])
+
+
+def _jacobians(subject: Subject, flat: FlatModel, inputs: Tensor, pairs: Pairs) -> Iterator[Tensor]:
+    final = flat.state.clone()
+    for rows in blocks(len(inputs), BLOCK):
+        yield output_gradients(subject, flat, final, inputs[rows], pairs[rows])
+
+
+def _loss_gradients(subject: Subject, flat: FlatModel, progress: Progress | None) -> Iterator[tuple[slice, Tensor]]:
+    """Row gradients of the mean training loss in evaluation mode: slices of the data and (B, P)."""
+    model, train = flat.eval(), subject.train
+    for rows in blocks(len(train), BLOCK):
+        inputs = train.inputs[rows].to(flat.state)
+        targets = train.targets[rows].to(flat.state.device)
+        share = len(inputs) / len(train)
+
+        def loss(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
+            return subject.loss_of(subject.run(model, inputs), targets)
+
+        yield rows, row_gradients(flat, loss, len(inputs)) * share
+        if progress:
+            progress(rows.stop, len(train))

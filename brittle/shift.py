@@ -1,0 +1,108 @@
+"""The shift map: which training mass leaves a prediction, and which arrives, when its input is changed a little.
+
+For a query x and its probe x_s of severity s, with the output pair fixed at the clean query,
+
+    shift_g(s) = mass_g(x_s) - mass_g(x),        margin(x_s) - margin(x) ~ sum_g shift_g(s) + what decay did,
+
+so the loss of margin is laid at the door of the groups that cause it. Of a group that holds the prediction up we
+say that mass *leaves*; of one that speaks for the rival, that mass *arrives* there. The map looks at small
+severities only (`probes.MAP_SHARES`); where the margin will be gone is extrapolated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from brittle.probes import MAP_SHARES, Family
+from brittle.records import Pairs, Queries, ShiftMap
+from brittle.subject import Subject
+
+MassMap = Callable[[Tensor, Pairs], Tensor]
+"""(raw inputs (R, *input), pairs) -> mass by group (R, G) in logits."""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The two groups between which the mass of a query flows under a family."""
+
+    leaving: Tensor  # shape: (M, F) group whose mass held the prediction up and falls most
+    arriving: Tensor  # shape: (M, F) group that speaks for the rival and gains most
+    lost: Tensor  # shape: (M, F) logits per unit of severity, at least 0
+    gained: Tensor  # shape: (M, F)
+
+
+def draw_probes(queries: Queries, families: Sequence[Family], generator: torch.Generator) -> dict[str, Tensor]:
+    """One draw of every family for every query, kept for all severities."""
+    return {family.name: family.draw(queries.inputs, generator) for family in families}
+
+
+def probe_inputs(inputs: Tensor, family: Family, draws: Tensor, shares: Sequence[float]) -> Tensor:
+    """Probes of a family at shares of its reference: (M, K, *input)."""
+    severity = lambda share: inputs.new_full((len(inputs),), share * family.reference)  # noqa: E731
+    return torch.stack([family.apply(inputs, severity(share), draws) for share in shares], dim=1)
+
+
+def shift_map(
+    subject: Subject,
+    queries: Queries,
+    families: Sequence[Family],
+    draws: Mapping[str, Tensor],
+    mass: MassMap,
+    shares: Sequence[float] = MAP_SHARES,
+) -> ShiftMap:
+    """Mass and margin at the queries and at their probes of every family.
+
+    Cost: M (1 + F K) evaluations of `mass`.
+    """
+    m, f, k = len(queries), len(families), len(shares)
+    probes = torch.stack([probe_inputs(queries.inputs, fam, draws[fam.name], shares) for fam in families], dim=1)
+    flat = torch.cat([queries.inputs, probes.flatten(0, 2)])  # shape: (M + M F K, *input)
+    every = [queries.pairs, queries.pairs.repeat_interleave(f * k)]
+    pairs = Pairs(torch.cat([p.predicted for p in every]), torch.cat([p.rival for p in every]))
+    masses = mass(flat, pairs)
+    margins = pairs.margin(subject.predict(flat))
+    reference = torch.tensor([fam.reference for fam in families], dtype=torch.float64)
+    return ShiftMap(
+        families=tuple(fam.name for fam in families),
+        units=tuple(fam.unit for fam in families),
+        severities=reference[:, None] * torch.tensor(shares, dtype=torch.float64),
+        reference=reference,
+        mass=masses[:m],
+        probed=masses[m:].reshape(m, f, k, -1),
+        margin=margins[:m].double(),
+        probed_margin=margins[m:].reshape(m, f, k).double(),
+    )
+
+
+def flow(shift: ShiftMap) -> Flow:
+    """Who leaves and who arrives, per query and family, at the larger of the map's severities."""
+    moved = shift.shift[:, :, -1] / shift.severities[None, :, -1, None]  # shape: (M, F, G), logits per unit
+    holding = (shift.mass > 0)[:, None, :].expand_as(moved)
+    lost, leaving = torch.where(holding, -moved, -torch.inf).max(-1)
+    gained, arriving = torch.where(holding, -torch.inf, -moved).max(-1)
+    return Flow(leaving, arriving, lost.clamp_min(0), gained.clamp_min(0))
+
+
+def gone_at(shift: ShiftMap) -> Tensor:
+    """Severity at which the margin is predicted to be gone, (M, F) in each family's unit; infinite where never.
+
+    The parabola through the margins at severity 0 and at the two severities of the map, followed to its first
+    root; where the curve bends away from 0 the straight line through the larger severity counts instead.
+    """
+    s1, s2 = shift.severities[None, :, 0], shift.severities[None, :, -1]
+    m0, m1, m2 = shift.margin[:, None], shift.probed_margin[:, :, 0], shift.probed_margin[:, :, -1]
+    d1, d2 = (m1 - m0) / s1, (m2 - m0) / s2
+    bend = (d2 - d1) / (s2 - s1)  # margin(s) ~ m0 + slope s + bend s^2
+    slope = d1 - bend * s1
+    return _first_root(m0.expand_as(slope), slope, bend.clamp_max(0.0), d2)
+
+
+def _first_root(m0: Tensor, slope: Tensor, bend: Tensor, chord: Tensor) -> Tensor:
+    """Smallest s > 0 with m0 + slope s + bend s^2 = 0 for bend < 0; the line m0 + chord s where bend is 0."""
+    root = (slope + (slope.square() - 4 * bend * m0).sqrt()) / (-2 * bend)
+    line = torch.where(chord < 0, m0 / -chord, torch.inf)
+    return torch.where(bend < 0, root, line)
