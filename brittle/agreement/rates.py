@@ -1,0 +1,78 @@
+"""Failure rates, predicted and observed: a calibrated score, and a hole held against what happened.
+
+The calibrator is a logistic curve over the score's normal quantiles in the calibration sample. Quantiles make it
+indifferent to the score's scale and to its tails, infinities included; an L2 penalty on the slope keeps few
+failures from making a cliff; the intercept is free, so that predicted rates add up to the observed failures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import QuantileTransformer
+from torch import Tensor
+
+from brittle.agreement.metrics import wilson
+from brittle.errors import DataError, NotFiniteError
+from brittle.findings import HoleTest, Verdict
+
+
+def calibrate(score: Tensor, failed: Tensor) -> Callable[[Tensor], Tensor]:
+    """A curve from score to failure rate, fitted on calibration inputs; it never falls as the score rises.
+
+    Where the score says nothing there (it is constant, ranks failures backwards, or all or none failed) the curve
+    is flat, at (failures + 1/2) / (inputs + 1).
+
+    Args:
+        score: (M,), higher means brittler; infinite values rank first or last.
+        failed: (M,) bool.
+
+    Returns:
+        A function from scores (any number) to rates in [0, 1], float64.
+
+    Raises:
+        DataError: without inputs.  NotFiniteError: for a score that is NaN.
+    """
+    if not len(score):
+        raise DataError("calibration needs at least one input, found none; hold some test inputs back for it")
+    if score.isnan().any():
+        raise NotFiniteError(f"scores must be numbers, found NaN at {int(score.isnan().sum())} inputs to calibrate on")
+    flat = (failed.sum().item() + 0.5) / (len(failed) + 1)
+    constant = lambda scores: torch.full(scores.shape, flat, dtype=torch.float64)  # noqa: E731
+    if failed.all() or not failed.any():
+        return constant
+    low, high = _range(score)
+    column = lambda scores: scores.double().clamp(low, high)[:, None].numpy()  # noqa: E731
+    quantiles = QuantileTransformer(n_quantiles=min(100, len(score)), output_distribution="normal")
+    curve = make_pipeline(quantiles, LogisticRegression()).fit(column(score), failed.numpy())
+    if curve[-1].coef_.item() <= 0:
+        return constant
+    return lambda scores: torch.from_numpy(curve.predict_proba(column(scores))[:, 1])
+
+
+def hole_test(members: int, failures: int, base_rate: float) -> HoleTest:
+    """A hole's observed failure rate, with its Wilson interval, against the base rate.
+
+    Args:
+        members: held-out inputs that the hole's rule puts into it.  failures: how many of them failed.
+        base_rate: share of failures under the same families among all held-out inputs that are right when clean.
+    """
+    rate = wilson(failures, members)
+    verdict: Verdict = "inconclusive"
+    if rate.low is not None and rate.high is not None:
+        verdict = "pass" if rate.low > base_rate else "fail" if rate.high < base_rate else "inconclusive"
+    lift = rate.value / base_rate if rate.value is not None and base_rate > 0 else None
+    return HoleTest(
+        members=members, failures=failures, observed_rate=rate, base_rate=base_rate, lift=lift, verdict=verdict
+    )
+
+
+def _range(score: Tensor) -> tuple[float, float]:
+    """Ends for infinite scores: one span beyond the finite ones."""
+    finite = score[score.isfinite()].double()
+    low, high = (finite.min().item(), finite.max().item()) if len(finite) else (0.0, 0.0)
+    span = high - low or 1.0
+    return low - span, high + span

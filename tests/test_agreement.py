@@ -1,0 +1,459 @@
+"""Metrics against scikit-learn and scipy, intervals by simulation, baselines in closed form, verdicts by example."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+from sklearn.metrics import average_precision_score, roc_auc_score
+from torch import Tensor, nn
+
+from brittle.agreement import baselines, calibrate, compare, hole_test, metrics, overall, wilson
+from brittle.agreement.baselines import first_order_distance, softmax_confidence, trust_score
+from brittle.agreement.metrics import NOTHING, auroc, average_precision, bootstrap, resample_weights, spearman
+from brittle.data import Examples
+from brittle.errors import DataError, NotFiniteError
+from brittle.findings import Estimate, HoleTest, TargetAgreement
+from brittle.records import Pairs, Queries
+from brittle.subject import Subject
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def plain(metric: Callable[..., Tensor], scores: Tensor, observed: Tensor) -> float:
+    return metric(scores, observed, torch.ones(len(scores), 1, dtype=torch.float64)).item()
+
+
+@st.composite
+def samples(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores with many ties, failures of both kinds, and how often each input was drawn (3 resamples)."""
+    m = draw(st.integers(4, 25))
+    numbers = lambda low, high: st.lists(st.integers(low, high), min_size=m, max_size=m)  # noqa: E731
+    failed = torch.tensor(draw(numbers(0, 1))).bool()
+    failed[0], failed[1] = True, False
+    weights = torch.tensor([draw(numbers(0, 3)) for _ in range(3)], dtype=torch.float64).T
+    weights[:2] += 1
+    return torch.tensor(draw(numbers(-4, 4)), dtype=torch.float64), failed, weights
+
+
+class TestMetrics:
+    @settings(deadline=None)
+    @given(samples())
+    def test_equal_scikit_learn_and_scipy_on_each_resample(self, sample: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Weights are repetitions: each column equals the metric of the rows written out as often as they count."""
+        scores, failed, weights = sample
+        other = scores.roll(1) + failed
+        for r in range(weights.shape[1]):
+            rows = torch.arange(len(scores)).repeat_interleave(weights[:, r].long())
+            s, f, o = (v[rows].numpy() for v in (scores, failed, other))
+            assert auroc(scores, failed, weights)[r].item() == pytest.approx(roc_auc_score(f, s))
+            assert average_precision(scores, failed, weights)[r].item() == pytest.approx(average_precision_score(f, s))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of constants, where both are NaN
+                expected = spearmanr(s, o).statistic
+            assert spearman(scores, other, weights)[r].item() == pytest.approx(expected, abs=1e-9, nan_ok=True)
+
+    @settings(deadline=None)
+    @given(samples())
+    def test_laws(self, sample: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Ranks alone count, a reversed score has the mirrored figure, and the order of the inputs is nothing."""
+        scores, failed, weights = sample
+        order = torch.randperm(len(scores), generator=seeded())
+        for metric in (auroc, average_precision, spearman):
+            figure = metric(scores, failed, weights)
+            torch.testing.assert_close(metric(scores.exp() * 7, failed, weights), figure, equal_nan=True)
+            shuffled = metric(scores[order], failed[order], weights[order])
+            torch.testing.assert_close(shuffled, figure, equal_nan=True)
+        torch.testing.assert_close(auroc(-scores, failed, weights), 1 - auroc(scores, failed, weights))
+        torch.testing.assert_close(
+            spearman(-scores, failed, weights), -spearman(scores, failed, weights), equal_nan=True
+        )
+
+    def test_infinite_values_rank_last_and_tie(self) -> None:
+        distance = torch.tensor([1.0, 2.0, math.inf, math.inf, 0.5], dtype=torch.float64)
+        finite = torch.tensor([1.0, 2.0, 9.0, 9.0, 0.5], dtype=torch.float64)
+        score = normal(5)
+        assert plain(spearman, score, -distance) == plain(spearman, score, -finite)
+        failed = torch.tensor([True, True, False, False, True])
+        assert plain(auroc, -distance, failed) == 1
+
+    @pytest.mark.parametrize("failed", [[True] * 3, [False] * 3, [True], []])
+    def test_what_is_not_defined_is_no_estimate(self, failed: list[bool]) -> None:
+        outcome = torch.tensor(failed, dtype=torch.bool)
+        weights = resample_weights(outcome, 50, seeded())
+        for metric in (auroc, spearman):
+            assert bootstrap(metric, normal(len(failed)), outcome, weights).estimate == NOTHING
+
+
+class TestIntervals:
+    def test_resamples_keep_the_strata(self) -> None:
+        strata = torch.tensor([True] * 7 + [False] * 30)
+        weights = resample_weights(strata, 400, seeded())
+        assert (weights[strata].sum(0) == 7).all()
+        assert (weights[~strata].sum(0) == 30).all()
+        assert weights.std(1).min() > 0  # every input is sometimes left out, sometimes doubled
+        torch.testing.assert_close(weights.mean(1), torch.ones(37), atol=0.25, rtol=0)  # five standard errors
+
+    def test_the_chunk_size_does_not_matter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        scores, failed = normal(40), normal(40, seed=1) > 0.5
+        weights = resample_weights(failed, 30, seeded())
+        whole = bootstrap(auroc, scores, failed, weights)
+        monkeypatch.setattr(metrics, "CHUNK", 100)
+        assert torch.equal(bootstrap(auroc, scores, failed, weights).resamples, whole.resamples)
+
+    def test_differences_are_paired(self) -> None:
+        """Two scores of the same order differ by exactly 0 on every resample; unpaired they would not."""
+        scores, failed = normal(60), normal(60, seed=1) > 0.5
+        weights = resample_weights(failed, 100, seeded())
+        one, other = (bootstrap(auroc, s, failed, weights) for s in (scores, scores.exp()))
+        assert (one - other).estimate == Estimate(value=0, low=0, high=0)
+        assert one.resamples.std() > 0.01
+
+    def test_coverage(self) -> None:
+        """Of 200 intervals for the AUROC of normal scores one deviation apart, some 95 per cent hold the truth."""
+        truth = 0.5 * (1 + math.erf(0.5))  # normal distribution function at 1 / sqrt(2)
+        failed, held = torch.arange(200) < 50, 0
+        for seed in range(200):
+            weights = resample_weights(failed, 200, seeded(seed))
+            estimate = bootstrap(auroc, normal(200, seed=seed) + failed, failed, weights).estimate
+            assert estimate.low is not None
+            assert estimate.high is not None
+            held += estimate.low <= truth <= estimate.high
+        assert 0.89 < held / 200 < 0.99
+
+    @settings(deadline=None)
+    @given(st.integers(1, 500), st.data())
+    def test_wilson_solves_its_equation(self, total: int, data: st.DataObject) -> None:
+        """The ends are the rates p at which |k / n - p| is 1.96 standard errors of p."""
+        count = data.draw(st.integers(0, total))
+        estimate = wilson(count, total)
+        assert estimate.value == count / total
+        for p in (estimate.low, estimate.high):
+            assert p is not None
+            assert abs(count / total - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / total), abs=1e-6)
+
+    def test_wilson_of_nothing(self) -> None:
+        assert wilson(0, 0) == NOTHING
+
+
+def subject_of(model: nn.Module, features: int, classes: int) -> Subject:
+    inputs = torch.rand(90, features, generator=seeded(5))
+    part = Examples(inputs, torch.arange(90) % classes)
+    return Subject(model.eval(), part, part)
+
+
+def queries_of(subject: Subject, m: int = 20) -> Queries:
+    inputs = torch.rand(m, subject.train.inputs.shape[1], generator=seeded(6))
+    logits = subject.predict(inputs)
+    return Queries(torch.arange(m), inputs, logits.argmax(1), logits, Pairs.of(logits))
+
+
+class TestBaselines:
+    def test_four_scores_of_which_higher_means_brittler(self) -> None:
+        """An input between two classes is brittler by every score than one deep inside its class."""
+        x = torch.cat([0.1 + 0.1 * torch.rand(40, 2), 0.8 + 0.1 * torch.rand(40, 2)])
+        y = torch.arange(80) // 40
+        model = nn.Linear(2, 2)
+        with torch.no_grad():
+            model.weight.copy_(torch.tensor([[-4.0, -4.0], [4.0, 4.0]]))
+            model.bias.copy_(torch.tensor([4.0, -4.0]))
+        subject = Subject(model.eval(), Examples(x, y), Examples(x, y))
+        inputs = torch.tensor([[0.45, 0.45], [0.1, 0.1]])
+        logits = subject.predict(inputs)
+        queries = Queries(torch.arange(2), inputs, torch.zeros(2).long(), logits, Pairs.of(logits))
+        calls: list[tuple[int, int]] = []
+        scores = baselines(subject, queries, progress=lambda *step: calls.append(step))
+        assert list(scores) == ["softmax confidence", "logit margin", "first-order distance", "trust score"]
+        for name, score in scores.items():
+            assert score.shape == (2,), name
+            assert score[0] > score[1], name
+        assert calls == [(1, 3), (2, 3), (3, 3)]
+
+    def test_softmax_confidence_orders_where_the_softmax_saturates(self) -> None:
+        logits = torch.tensor([[3.0, 1.0, 0.0], [60.0, 0.0, 0.0], [90.0, 0.0, 0.0]])
+        score = softmax_confidence(logits)
+        assert score[0].item() == pytest.approx(math.log(1 - logits[0].softmax(0).max().item()), rel=1e-5)
+        assert logits.softmax(1).amax(1)[1:].tolist() == [1, 1]
+        assert score[1] > score[2]
+
+    @pytest.mark.parametrize(("norm", "dual"), [("l2", 2), ("linf", 1)])
+    def test_first_order_distance_is_exact_for_a_linear_model(self, norm: str, dual: int) -> None:
+        torch.manual_seed(0)
+        model = nn.Linear(6, 4)
+        subject = subject_of(model, 6, 4)
+        queries = queries_of(subject)
+        weight, z = model.weight.detach().double(), queries.logits.double()
+        expected = []
+        for m in range(len(queries)):
+            a = int(z[m].argmax())
+            boundary = [(z[m, a] - z[m, k]) / (weight[a] - weight[k]).norm(p=dual) for k in range(4) if k != a]
+            expected.append(min(boundary).item())
+        found = first_order_distance(subject, queries.inputs, queries.logits, norm)
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0)
+
+    def test_a_flat_model_is_infinitely_far_from_its_boundary(self) -> None:
+        model = nn.Linear(3, 2)
+        nn.init.zeros_(model.weight)
+        nn.init.constant_(model.bias[:1], 1.0)
+        subject = subject_of(model, 3, 2)
+        queries = queries_of(subject)
+        assert first_order_distance(subject, queries.inputs, queries.logits).isinf().all()
+
+    def test_trust_score_is_the_slow_one(self) -> None:
+        """One loop an axis: outliers by their k-th neighbour, then the two nearest distances."""
+        x, y = torch.rand(60, 3, generator=seeded(1)), torch.arange(60) % 3
+        points, predicted = torch.rand(10, 3, generator=seeded(2)), torch.arange(10) % 3
+        near = []
+        for c in range(3):
+            rows = x[y == c]
+            radius = [sorted((rows[i] - rows[j]).norm().item() for j in range(20) if j != i)[4 - 1] for i in range(20)]
+            kept = rows[torch.tensor(radius).argsort()[: 20 - 5]]
+            near.append([min((p - q).norm().item() for q in kept) for p in points])
+        expected = [
+            min(near[c][i] for c in range(3) if c != predicted[i]) / near[int(predicted[i])][i] for i in range(10)
+        ]
+        found = trust_score(Examples(x, y), points, predicted, neighbours=4, filtered=0.25)
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0)
+
+    def test_trust_score_filters_an_outlier(self) -> None:
+        """A mislabelled point beside the query would make it untrustworthy; it is the outlier of its class."""
+        x = torch.cat(
+            [0.1 * torch.rand(20, 2, generator=seeded()), torch.tensor([[0.9, 0.9]]), torch.full((5, 2), 0.8)]
+        )
+        y = torch.tensor([0] * 21 + [1] * 5)
+        point, predicted = torch.tensor([[0.89, 0.89]]), torch.tensor([1])
+        assert trust_score(Examples(x, y), point, predicted, filtered=0).item() < 1
+        assert trust_score(Examples(x, y), point, predicted, filtered=0.1).item() > 5
+
+    def test_trust_score_of_twins_and_of_a_class_without_examples(self) -> None:
+        x, y = torch.tensor([[0.0], [0.0], [1.0]]), torch.tensor([0, 1, 1])
+        points = torch.tensor([[0.0], [0.5], [1.0]])
+        found = trust_score(Examples(x, y), points, torch.tensor([0, 2, 1]))
+        assert found[0] == 0  # twins in both classes
+        assert found[1] == 0  # predicted a class that is infinitely far
+        assert found[2] > 1e9  # on an example of its own class
+
+
+def outcome(m: int = 400, rate: float = 0.2, seed: int = 9) -> Tensor:
+    return torch.rand(m, generator=seeded(seed)) < rate
+
+
+def held(scores: dict[str, Tensor], failed: Tensor, **options: object) -> TargetAgreement:
+    arguments = {"ours": ["mass"], "named": "mass", "severity": None, "generator": seeded(), "resamples": 200}
+    return compare("natural", "natural errors", scores, failed=failed, **(arguments | options))
+
+
+class TestCompare:
+    def test_a_better_score_passes_and_a_worse_one_fails(self) -> None:
+        failed = outcome()
+        good, bad = failed + 0.5 * normal(400), failed + 3 * normal(400, seed=1)
+        passed = held({"margin": bad, "mass": good, "noise": normal(400, seed=2)}, failed)
+        assert passed.verdict == "pass"
+        assert passed.best_baseline == "margin"
+        assert "beats the best baseline, margin" in passed.sentence
+        failing = held({"margin": good, "mass": bad}, failed)
+        assert failing.verdict == "fail"
+        assert "does not beat but falls behind the best baseline, margin" in failing.sentence
+        for target in (passed, failing):
+            figures = {s.name: s.auroc.value for s in target.scores}
+            assert target.gain.value == pytest.approx(figures["mass"] - figures["margin"])
+            assert f"{target.gain.value:+.3f}" in target.sentence
+            assert f"{figures['mass']:.3f}" in target.sentence
+            assert (target.inputs, target.failures) == (400, int(failed.sum()))
+            assert target.prevalence == target.failures / 400
+
+    def test_the_same_score_is_inconclusive(self) -> None:
+        failed, score = outcome(), normal(400)
+        target = held({"mass": score, "margin": score.exp()}, failed)
+        assert target.verdict == "inconclusive"
+        assert target.gain == Estimate(value=0, low=0, high=0)
+        assert "is not shown to beat the best baseline, margin" in target.sentence
+
+    def test_the_gain_is_the_named_scores_not_the_best_of_ours(self) -> None:
+        failed = outcome()
+        scores = {"mass": normal(400), "lucky": failed + 0.2 * normal(400), "margin": failed + normal(400, seed=3)}
+        target = held(scores, failed, ours=["mass", "lucky"])
+        assert target.best_ours == "lucky"
+        assert target.verdict == "fail"
+
+    def test_a_score_that_is_no_better_seldom_passes(self) -> None:
+        """Over 100 draws of two scores equally good, at most a few pass: 2.5 are expected."""
+        verdicts = []
+        for seed in range(100):
+            failed = outcome(150, 0.3, seed)
+            scores = {name: failed + normal(150, seed=1000 * k + seed) for k, name in enumerate(("mass", "margin"), 1)}
+            verdicts.append(held(scores, failed, generator=seeded(seed)).verdict)
+        assert verdicts.count("pass") <= 7
+        assert verdicts.count("fail") <= 7
+
+    @pytest.mark.parametrize("failures", [0, 1, 400, 399])
+    def test_one_sided_outcomes_give_no_estimate(self, failures: int) -> None:
+        target = held({"mass": normal(400), "margin": normal(400, seed=1)}, torch.arange(400) < failures)
+        assert target.verdict == "inconclusive"
+        assert target.gain == NOTHING
+        for score in target.scores:
+            assert score.auroc == score.average_precision == NOTHING
+        assert f"{failures} failures among 400 inputs no score can be told" in target.sentence
+
+    @pytest.mark.parametrize("m", [0, 1])
+    def test_hardly_any_input(self, m: int) -> None:
+        target = held({"mass": normal(m), "margin": normal(m)}, torch.ones(m, dtype=torch.bool))
+        assert target.gain == NOTHING
+        assert all(score.spearman == NOTHING for score in target.scores)
+
+    def test_few_failures_decide_nothing(self) -> None:
+        failed = torch.arange(400) < 5
+        target = held({"mass": failed.double(), "margin": normal(400)}, failed)
+        assert target.gain.low is not None
+        assert target.gain.low > 0
+        assert target.verdict == "inconclusive"
+        assert "too few to decide" in target.sentence
+
+    def test_distances_are_compared_by_spearman(self) -> None:
+        """All inputs fooled: AUROC says nothing, and a score that falls with the distance has Spearman 1."""
+        distance = normal(100).exp()
+        distance[:5] = math.inf
+        scores = {"mass": -distance, "margin": -distance + normal(100, seed=1), "noise": normal(100, seed=2)}
+        failed = torch.ones(100, dtype=torch.bool)
+        target = held(scores, failed, severity=distance, by="spearman")
+        mass = target.scores[0]
+        assert mass.auroc == NOTHING
+        assert mass.spearman.value == pytest.approx(1)
+        assert target.verdict == "pass"
+        assert "(Spearman 1.000)" in target.sentence
+        assert held(scores, failed, severity=distance).verdict == "inconclusive"
+
+    def test_spearman_of_natural_errors_is_with_the_error(self) -> None:
+        failed, score = outcome(), normal(400)
+        target = held({"mass": score, "margin": score}, failed)
+        expected = spearmanr(score.numpy(), failed.numpy()).statistic
+        assert target.scores[0].spearman.value == pytest.approx(expected)
+
+    def test_the_seed_decides_all(self) -> None:
+        failed = outcome()
+        scores = {"mass": normal(400), "margin": normal(400, seed=1)}
+        assert held(scores, failed) == held(scores, failed)
+        assert held(scores, failed).gain != held(scores, failed, generator=seeded(1)).gain
+
+    def test_what_does_not_fit_is_named(self) -> None:
+        failed, score = outcome(), normal(400)
+        with pytest.raises(DataError, match="a baseline beside them"):
+            held({"mass": score}, failed)
+        with pytest.raises(DataError, match="'margin' has shape \\(399,\\)"):
+            held({"mass": score, "margin": score[1:]}, failed)
+        with pytest.raises(NotFiniteError, match="NaN in 'margin' at 2 inputs"):
+            held({"mass": score, "margin": score.index_fill(0, torch.tensor([1, 2]), math.nan)}, failed)
+
+
+def target(name: str, verdict: str) -> TargetAgreement:
+    gain = NOTHING if verdict == "undecidable" else Estimate(value=0.0, low=-0.1, high=0.1)
+    base = held({"mass": normal(20), "margin": normal(20)}, torch.arange(20) < 10)
+    shown = "inconclusive" if verdict == "undecidable" else verdict
+    return base.model_copy(update={"name": name, "verdict": shown, "gain": gain})
+
+
+class TestOverall:
+    @pytest.mark.parametrize(
+        ("verdicts", "expected"),
+        [
+            (["pass"], "pass"),
+            (["fail"], "fail"),
+            (["pass"] + ["inconclusive"] * 11, "inconclusive"),  # one in twelve is luck: chance .26
+            (["pass"] * 2 + ["inconclusive"] * 10, "pass"),  # two in twelve: chance .035
+            (["fail"] * 2 + ["inconclusive"] * 10, "fail"),
+            (["fail"] * 3 + ["pass"] * 2 + ["inconclusive"] * 7, "fail"),
+            (["pass"] * 2 + ["fail"] * 2, "inconclusive"),
+            (["fail"] + ["undecidable"] * 11, "fail"),
+            (["undecidable"], "inconclusive"),
+            ([], "inconclusive"),
+        ],
+    )
+    def test_verdict(self, verdicts: list[str], expected: str) -> None:
+        assert overall([target(str(i), v) for i, v in enumerate(verdicts)], 20).verdict == expected
+
+    def test_the_sentence_names_wins_and_losses(self) -> None:
+        targets = [target(n, v) for n, v in (("blur", "fail"), ("noise", "fail"), ("natural errors", "inconclusive"))]
+        agreement = overall(targets, 20)
+        assert agreement.sentence == (
+            "Our score predicts failures worse than what a user would compute anyway: of 3 kinds of failure it beats "
+            "the best baseline on none, falls behind it on 2 (blur, noise), and neither is shown on 1."
+        )
+        assert (agreement.inputs, agreement.targets) == (20, targets)
+
+
+class TestRates:
+    def test_calibration_recovers_a_logistic_rate(self) -> None:
+        score = normal(20_000)
+        truth = torch.sigmoid(1.5 * score - 1)
+        failed = torch.rand(20_000, generator=seeded(3), dtype=torch.float64) < truth
+        at = torch.linspace(-2, 2, 9, dtype=torch.float64)
+        torch.testing.assert_close(calibrate(score, failed)(at), torch.sigmoid(1.5 * at - 1), atol=0.03, rtol=0)
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.integers(0, 1000), st.sampled_from([lambda s: s, torch.exp, lambda s: s**3]))
+    def test_rates_rise_with_the_score_and_add_up(self, seed: int, change: Callable[[Tensor], Tensor]) -> None:
+        score = normal(120, seed=seed)
+        failed = normal(120, seed=seed + 1) + score > 1
+        failed[:2] = torch.tensor([True, False])
+        rate = calibrate(change(score), failed)
+        assert rate(change(score)).mean().item() == pytest.approx(failed.double().mean().item(), abs=2e-3)
+        along = rate(change(torch.linspace(-9, 9, 50, dtype=torch.float64)))
+        assert (along.diff() >= -1e-12).all()
+        assert ((along > 0) & (along < 1)).all()
+
+    def test_infinite_scores_rank_last(self) -> None:
+        """Inputs never predicted to fail have score minus infinity, and a lower rate than all others."""
+        score = torch.cat([torch.full((50,), -math.inf), torch.linspace(-3, 0, 50)])
+        failed = torch.rand(100, generator=seeded()) < torch.cat(
+            [torch.full((50,), 0.05), torch.linspace(0.3, 0.9, 50)]
+        )
+        rate = calibrate(score, failed)(torch.tensor([-math.inf, -3.0, 0.0, math.inf]))
+        assert (rate.diff()[:2] > 0).all()
+        assert rate[0] < 0.15
+
+    @pytest.mark.parametrize(
+        ("score", "failed", "expected"),
+        [
+            ([1.0, 2.0, 3.0], [True] * 3, 3.5 / 4),
+            ([1.0, 2.0, 3.0], [False] * 3, 0.5 / 4),
+            ([1.0, 2.0, 3.0, 4.0], [True, True, False, False], 2.5 / 5),  # backwards
+            ([2.0, 2.0, 2.0], [True, False, False], 1.5 / 4),
+            ([math.inf] * 3, [True, False, False], 1.5 / 4),
+        ],
+    )
+    def test_a_score_that_says_nothing_gives_the_base_rate(
+        self, score: list[float], failed: list[bool], expected: float
+    ) -> None:
+        rate = calibrate(torch.tensor(score), torch.tensor(failed))
+        assert rate(torch.tensor([-5.0, 2.0, math.inf])).tolist() == [pytest.approx(expected)] * 3
+
+    def test_calibration_refuses_what_it_cannot_use(self) -> None:
+        with pytest.raises(DataError, match="at least one input"):
+            calibrate(torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+        with pytest.raises(NotFiniteError, match="NaN at 1 inputs"):
+            calibrate(torch.tensor([math.nan, 1.0]), torch.tensor([True, False]))
+
+    def test_a_hole_passes_above_the_base_rate(self) -> None:
+        verdicts = {(k, base): hole_test(20, k, base).verdict for k in (0, 6, 15) for base in (0.2, 0.4)}
+        assert [verdicts[15, base] for base in (0.2, 0.4)] == ["pass", "pass"]
+        assert [verdicts[6, base] for base in (0.2, 0.4)] == ["inconclusive", "inconclusive"]
+        assert [verdicts[0, base] for base in (0.2, 0.4)] == ["fail", "fail"]
+        assert hole_test(20, 6, 0.2).lift == pytest.approx(1.5)
+        assert hole_test(20, 6, 0.2).observed_rate == wilson(6, 20)
+
+    def test_a_hole_without_members_or_without_a_base(self) -> None:
+        empty = HoleTest(members=0, failures=0, observed_rate=NOTHING, base_rate=0.1, lift=None, verdict="inconclusive")
+        assert hole_test(0, 0, 0.1) == empty
+        assert hole_test(5, 3, 0.0).lift is None
