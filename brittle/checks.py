@@ -13,13 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from brittle.blame import described
 from brittle.errors import DataError, ModelError, NotFiniteError
-
-
-def described(error: BaseException) -> str:
-    """An exception in one line: its type and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def as_numbers(values: Any, what: str) -> Tensor:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brittle.checks import as_numbers, checked_inputs, checked_names, checked_targets, described
+from brittle.blame import described
+from brittle.checks import as_numbers, checked_inputs, checked_names, checked_targets
 from brittle.errors import DataError, SubjectError
 
 INPUT_KEYS = ("image", "images", "input", "inputs", "x", "pixel_values", "features")

@@ -11,10 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import os
 import sys
-import sysconfig
-import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from brittle.checks import described
+from brittle.blame import described, place
 from brittle.errors import BrittleError, SubjectError, UsageError
 from brittle.subject import Subject
 
@@ -42,10 +39,10 @@ def load_subject(spec: str, options: Mapping[str, str] | None = None) -> Subject
         UsageError: where the spec names nothing, or an option is unknown or cannot be converted.
         SubjectError: where the user's code fails, naming its file and line.
     """
-    place, name = _parsed(spec)
-    with _importable(Path(place).resolve().parent if place.endswith(".py") else Path.cwd()):
-        module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
-        factory = _function(module, name, place)
+    home, name = _parsed(spec)
+    with _importable(Path(home).resolve().parent if home.endswith(".py") else Path.cwd()):
+        module = _load_file(Path(home)) if home.endswith(".py") else _load_module(home)
+        factory = _function(module, name, home)
         arguments = _arguments(factory, dict(options or {}), spec)
         with _named(f"the factory {spec} must return a brittle.Subject"):
             subject = factory(**arguments)
@@ -57,21 +54,15 @@ def load_subject(spec: str, options: Mapping[str, str] | None = None) -> Subject
     return subject
 
 
-def blame(error: BaseException) -> str | None:
-    """`file:line` of the user's code where it raised the error; None where our own code did."""
-    frames = _frames(error)
-    return frames[-1][1] if frames and frames[-1][0] == "user" else None
-
-
 def _parsed(spec: str) -> tuple[str, str]:
-    place, _, name = spec.rpartition(":")
-    module = place.endswith(".py") or all(part.isidentifier() for part in place.split("."))
+    home, _, name = spec.rpartition(":")
+    module = home.endswith(".py") or all(part.isidentifier() for part in home.split("."))
     if not (module and name.isidentifier()):
         raise UsageError(
             f"SPEC must be file.py:make or package.module:make, found {spec!r}; name the file or module, "
             "a colon, and the function that makes the subject"
         )
-    return place, name
+    return home, name
 
 
 @contextmanager
@@ -114,13 +105,13 @@ def _load_module(name: str) -> types.ModuleType:
             ) from error
 
 
-def _function(module: types.ModuleType, name: str, place: str) -> Factory:
+def _function(module: types.ModuleType, name: str, home: str) -> Factory:
     found = getattr(module, name, None)
     if not callable(found):
         own = [
             k for k, v in vars(module).items() if isinstance(v, types.FunctionType) and v.__module__ == module.__name__
         ]
-        raise UsageError(f"{place} must have a function {name}, {_found(found)}; {_there(own, 'functions')}")
+        raise UsageError(f"{home} must have a function {name}, {_found(found)}; {_there(own, 'functions')}")
     return found
 
 
@@ -168,29 +159,9 @@ def _named(rule: str) -> Iterator[None]:
     try:
         yield
     except BrittleError as error:
-        place = _place(error)
-        raise (type(error)(f"{error} (at {place})") if place else error) from error
+        line = place(error)
+        raise (type(error)(f"{error} (at {line})") if line else error) from error
     except (Exception, SystemExit) as error:
-        place = _place(error)
-        where = f" at {place}" if place else ""
+        line = place(error)
+        where = f" at {line}" if line else ""
         raise SubjectError(f"{rule}, it raised {described(error)}{where}; mend it there") from error
-
-
-def _place(error: BaseException) -> str | None:
-    """The innermost line of the user's code that an error passed through."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}:{error.lineno}"
-    return next((place for whose, place in reversed(_frames(error)) if whose == "user"), None)
-
-
-def _frames(error: BaseException) -> list[tuple[str, str]]:
-    """Whose code an error passed through, and where, outermost first; libraries are left out."""
-    library = tuple(sysconfig.get_path(key) + os.sep for key in ("purelib", "platlib", "stdlib"))
-    ours = str(Path(__file__).parent) + os.sep
-    frames = []
-    for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename.startswith(ours):
-            frames.append(("ours", f"{frame.filename}:{frame.lineno}"))
-        elif not frame.filename.startswith((*library, "<")):
-            frames.append(("user", f"{frame.filename}:{frame.lineno}"))
-    return frames

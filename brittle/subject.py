@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brittle.blame import described
 from brittle.checks import (
     check_bounds,
     check_labels,
@@ -25,7 +26,6 @@ from brittle.checks import (
     check_shape,
     checked_bounds,
     checked_scale,
-    described,
 )
 from brittle.data import Examples
 from brittle.errors import DataError, ModelError, SubjectError

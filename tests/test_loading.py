@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from brittle.blame import blame
 from brittle.errors import BrittleError, DataError, SubjectError, UsageError
-from brittle.loading import blame, load_subject
+from brittle.loading import load_subject
 
 HEAD = """
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torchvision.datasets import FashionMNIST
 
-from brittle.checks import described
+from brittle.blame import described
 from brittle.data import Examples
 from brittle.errors import DataError
 from brittle.examples.training import Recipe, retrainer, seeded, trained
