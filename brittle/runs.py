@@ -48,7 +48,7 @@ def open_run(root: Path | str, settings: Mapping[str, Any]) -> RunFolder:
     root, wanted = Path(root), as_written({**settings, "versions": versions()})
     run = RunFolder(root, hold(root))
     try:
-        if _begun(root):
+        if begun(root):
             other = difference(run.load_document("settings"), wanted)
             if other:
                 raise RunFolderError(
@@ -71,6 +71,27 @@ def read_run(root: Path | str) -> RunFolder:
         found = "has no settings.json" if root.is_dir() else "is a file" if root.exists() else "does not exist"
         raise RunFolderError(f"RUN must be a folder that `brittle audit --out` wrote, {root} {found}; correct its name")
     return RunFolder(root)
+
+
+def begun(root: Path) -> bool:
+    """Whether `root` is a run folder. An absent or empty one, or one whose run was killed at once, is not yet.
+
+    Raises `RunFolderError` where something else lies there.
+    """
+    if not root.exists():
+        return False
+    if not root.is_dir():
+        raise RunFolderError(f"--out must name a folder, {root} is a file; name another")
+    settings = root / "settings.json"
+    others = [p.name for p in root.iterdir() if p.name not in ("path", ".lock") and p.suffix != ".tmp"]
+    if set(others) <= {settings.name, f"{settings.name}.sha256"}:
+        return whole(settings)
+    if not settings.exists():
+        raise RunFolderError(
+            f"--out must name an absent or empty folder, or a run folder; {root} holds {len(others)} other files, "
+            f"{min(others)} among them; name another"
+        )
+    return True
 
 
 class RunFolder:
@@ -176,20 +197,6 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _begun(root: Path) -> bool:
-    """Whether `root` is a run folder; an empty one, or one in which a run was killed at once, is not yet."""
-    settings = root / "settings.json"
-    others = [p.name for p in root.iterdir() if p.name != "path" and p.suffix != ".tmp" and p.name != ".lock"]
-    if set(others) <= {settings.name, f"{settings.name}.sha256"}:
-        return whole(settings)
-    if not settings.exists():
-        raise RunFolderError(
-            f"--out must name an absent or empty folder, or a run folder; {root} holds {len(others)} other files, "
-            f"{min(others)} among them; name another"
-        )
-    return True
 
 
 def _read_json(path: Path) -> Any:
