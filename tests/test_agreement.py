@@ -14,13 +14,13 @@ from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
 
-from brittle.agreement import baselines, calibrate, compare, hole_test, metrics, overall, wilson
+from brittle.agreement import baselines, calibrate, compare, extrapolated_margin, hole_test, metrics, overall, wilson
 from brittle.agreement.baselines import first_order_distance, softmax_confidence, trust_score
 from brittle.agreement.metrics import NOTHING, auroc, average_precision, bootstrap, resample_weights, spearman
 from brittle.data import Examples
 from brittle.errors import DataError, NotFiniteError
 from brittle.findings import Estimate, HoleTest, TargetAgreement
-from brittle.records import Pairs, Queries
+from brittle.records import Pairs, Queries, ShiftMap
 from brittle.subject import Subject
 
 
@@ -161,6 +161,17 @@ def queries_of(subject: Subject, m: int = 20) -> Queries:
 
 
 class TestBaselines:
+    def test_extrapolated_margin_is_exact_on_a_straight_line(self) -> None:
+        """Margins that fall by a constant slope per unit of severity, two families, seen at a quarter at most."""
+        margin, slope = normal(7).abs(), normal(7, 2, seed=1)
+        reference = torch.tensor([2.0, 20.0], dtype=torch.float64)
+        severities = reference[:, None] * torch.tensor([0.125, 0.25], dtype=torch.float64)
+        probed = margin[:, None, None] - slope[:, :, None] * severities
+        nothing = torch.zeros(7, 2, 2, 1)
+        shift = ShiftMap(("a", "b"), ("", ""), severities, reference, nothing[:, 0, 0], nothing, margin, probed)
+        expected = slope * reference - margin[:, None]
+        torch.testing.assert_close(extrapolated_margin(shift), expected)
+
     def test_four_scores_of_which_higher_means_brittler(self) -> None:
         """An input between two classes is brittler by every score than one deep inside its class."""
         x = torch.cat([0.1 + 0.1 * torch.rand(40, 2), 0.8 + 0.1 * torch.rand(40, 2)])

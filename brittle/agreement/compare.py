@@ -53,10 +53,8 @@ def compare(
 
     Args:
         scores: by name, each (M,), higher meaning brittler.  ours: the names that are not baselines.
-        named: the one of ours that was fixed in advance.
-        failed: (M,) bool.
-        severity: (M,), the distance or severity at which an input failed, infinite where it never did; None where
-            there is only the error itself.
+        named: the one of ours that was fixed in advance.  failed: (M,) bool.
+        severity: (M,), distance or severity at which an input failed, infinite where it never did; None: the error.
         by: what decides; Spearman where all inputs may have failed, as they do under attacks without a budget.
 
     Raises:
@@ -67,7 +65,7 @@ def compare(
     weights = resample_weights(failed, resamples, generator)  # shape: (M, resamples)
     figures = {score: _figures(values, failed, observed, weights) for score, values in scores.items()}
     deciding = {score: figure[by] for score, figure in figures.items()}
-    best_ours, best_baseline = (_best(deciding, [s for s in scores if (s in ours) is mine]) for mine in (True, False))
+    best_baseline = _best(deciding, [score for score in scores if score not in ours])
     gain = (deciding[named] - deciding[best_baseline]).estimate
     verdict = _verdict(gain) if _enough(failed, by) else "inconclusive"
     count = int(failed.sum())
@@ -77,11 +75,8 @@ def compare(
         inputs=len(failed),
         failures=count,
         prevalence=count / len(failed) if len(failed) else 0.0,
-        scores=[
-            ScoreResult(name=score, ours=score in ours, **{k: v.estimate for k, v in figure.items()})
-            for score, figure in figures.items()
-        ],
-        best_ours=best_ours,
+        scores=[_result(score, score in ours, figure) for score, figure in figures.items()],
+        best_ours=_best(deciding, ours),
         best_baseline=best_baseline,
         gain=gain,
         verdict=verdict,
@@ -145,6 +140,10 @@ def _figures(values: Tensor, failed: Tensor, observed: Tensor, weights: Tensor) 
         "average_precision": bootstrap(average_precision, values, failed, weights) if split else UNDEFINED,
         "spearman": bootstrap(spearman, values, observed, weights),
     }
+
+
+def _result(name: str, ours: bool, figures: Mapping[str, Resampled]) -> ScoreResult:
+    return ScoreResult(name=name, ours=ours, **{figure: resampled.estimate for figure, resampled in figures.items()})
 
 
 def _best(deciding: Mapping[str, Resampled], names: Sequence[str]) -> str:

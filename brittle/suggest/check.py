@@ -14,9 +14,13 @@ from scipy import stats
 from torch import Tensor, nn
 
 from brittle.agreement.metrics import NOTHING
+from brittle.data import Examples
 from brittle.errors import SubjectError
 from brittle.findings import Estimate, RetrainCheck, Verdict
-from brittle.subject import Subject
+from brittle.subject import Retrain, Subject
+
+Score = Callable[[nn.Module], tuple[float, float]]
+"""model -> (clean, robust) accuracy, in [0, 1]."""
 
 
 def retrain_check(
@@ -24,7 +28,7 @@ def retrain_check(
     chosen: Tensor,
     *,
     seeds: int,
-    score: Callable[[nn.Module], tuple[float, float]],
+    score: Score,
     generator: torch.Generator,
     progress: Callable[[int, int], None] | None = None,
 ) -> RetrainCheck:
@@ -35,7 +39,7 @@ def retrain_check(
 
     Args:
         chosen: ids in the pool.
-        score: model -> (clean, robust) accuracy, in [0, 1].
+        score: gives the clean accuracy and that under probes.
         progress: called with (models trained, 2 seeds).
 
     Raises:
@@ -44,14 +48,7 @@ def retrain_check(
     if subject.retrain is None or subject.pool is None:
         missing = "retrain" if subject.retrain is None else "pool"
         raise SubjectError(f"checking suggestions needs a subject with pool and retrain, found no {missing}; pass it")
-    scores = torch.zeros(seeds, 2, 2, dtype=torch.float64)  # shape: (seeds, suggested or random, clean or robust)
-    for seed in range(seeds):
-        drawn = torch.randperm(len(subject.pool), generator=generator)[: len(chosen)]
-        for arm, ids in enumerate((chosen, drawn)):
-            model = subject.retrain(subject.train.join(subject.pool[ids]), seed).eval()
-            scores[seed, arm] = torch.tensor(score(model), dtype=torch.float64)
-            if progress:
-                progress(2 * seed + arm + 1, 2 * seeds)
+    scores = _scores(subject.retrain, subject.train, subject.pool, chosen, seeds, score, generator, progress)
     clean, robust = (_paired(100 * gain) for gain in (scores[:, 0] - scores[:, 1]).unbind(1))
     verdict = _verdict(clean, robust)
     return RetrainCheck(
@@ -65,6 +62,28 @@ def retrain_check(
         verdict=verdict,
         sentence=_sentence(len(chosen), seeds, clean, robust, verdict),
     )
+
+
+def _scores(
+    retrain: Retrain,
+    train: Examples,
+    pool: Examples,
+    chosen: Tensor,
+    seeds: int,
+    score: Score,
+    generator: torch.Generator,
+    progress: Callable[[int, int], None] | None,
+) -> Tensor:
+    """Accuracies of all retrainings. Shape: (seeds, suggested or random, clean or robust)."""
+    scores = torch.zeros(seeds, 2, 2, dtype=torch.float64)
+    for seed in range(seeds):
+        drawn = torch.randperm(len(pool), generator=generator)[: len(chosen)]
+        for arm, ids in enumerate((chosen, drawn)):
+            model = retrain(train.join(pool[ids]), seed).eval()
+            scores[seed, arm] = torch.tensor(score(model), dtype=torch.float64)
+            if progress:
+                progress(2 * seed + arm + 1, 2 * seeds)
+    return scores
 
 
 def _paired(gains: Tensor) -> Estimate:
