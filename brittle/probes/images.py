@@ -37,7 +37,7 @@ def image_families(input_shape: Sequence[int], bounds: tuple[float, float]) -> t
     """The seven families for images.
 
     References were set on scikit-learn's digits (8 x 8) and Fashion-MNIST (28 x 28): a person still reads the
-    image there, while small CNNs fail on 4 to 23 and 7 to 50 per cent of what they have right. Lengths follow the
+    image there, while small CNNs fail on 4 to 23 and 8 to 50 per cent of what they have right. Lengths follow the
     image's width, but blur its root: strokes of one pixel are lost to a blur that a larger image survives.
 
     Args:
