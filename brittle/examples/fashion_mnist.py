@@ -39,8 +39,8 @@ def make(root: str = "", epochs: int = 5, seed: int = 0, limit: int = 0, cache: 
         cache: folder of the path and the weights.
     """
     pictures, held_out = _read(root, train=True), _read(root, train=False)
-    pool = len(pictures) // POOL_SHARE
-    data = pictures[: limit or len(pictures) - pool]
+    rows = len(pictures) - len(pictures) // POOL_SHARE
+    data, pool = pictures[: min(limit, rows) if limit > 0 else rows], pictures[rows:]
     std, mean = torch.std_mean(data.inputs)
     recipe = Recipe(mean.item(), std.item(), epochs=epochs, batch=128, lr=0.05, seed=seed)
     folder = Path(cache or f"runs/.subjects/fashion_mnist-{len(data)}x{epochs}-seed{seed}")
@@ -49,7 +49,7 @@ def make(root: str = "", epochs: int = 5, seed: int = 0, limit: int = 0, cache: 
         model,
         train=data,
         test=held_out,
-        pool=pictures[len(pictures) - pool :],
+        pool=pool,
         bounds=(0.0, 1.0),
         normalize=(recipe.mean, recipe.std),
         class_names=tuple(FashionMNIST.classes),
