@@ -19,6 +19,9 @@ from brittle.blame import described
 from brittle.errors import UsageError
 from brittle.exits import terminable, verdict
 
+PRESETS = ("quick", "standard", "thorough")
+"""Those of `brittle.pipeline`, which is too heavy to ask for `--help`."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. Errors end here, in one line."""
@@ -61,7 +64,9 @@ def audits(command: Command) -> Command:
         click.option("--queries", type=click.IntRange(min=1), help="Inputs whose predictions are explained."),
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all randomness."),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps, ..."),
-        click.option("--preset", default="quick", show_default=True, help="How much work the audit does."),
+        click.option(
+            "--preset", type=click.Choice(PRESETS), default=PRESETS[0], show_default=True, help="How much work."
+        ),
         click.option("--no-progress", is_flag=True, help="Draw no progress bars."),
         debuggable,
     ]

@@ -18,6 +18,7 @@ import torch
 from findings_cases import digits_case
 
 import brittle
+from brittle import cli
 from brittle.cli import commands, main
 from brittle.errors import (
     BrittleError,
@@ -87,7 +88,19 @@ def says(capsys: pytest.CaptureFixture[str], status: int, message: str, *argumen
 
 
 def test_audit_passes_everything_on(spec: str, pipeline: SimpleNamespace, tmp_path: Path) -> None:
-    options = ["--queries", "40", "--seed", "3", "--device", "cpu", "--preset", "full", "--no-progress", "-p", "n=12"]
+    options = [
+        "--queries",
+        "40",
+        "--seed",
+        "3",
+        "--device",
+        "cpu",
+        "--preset",
+        "thorough",
+        "--no-progress",
+        "-p",
+        "n=12",
+    ]
     assert main(["audit", spec, "--out", "runs/x", *options]) == 0
     [(subject, out, settings, quiet)] = pipeline.calls
     assert (subject.name, len(subject.train), out) == ("mine", 12, Path("runs/x"))
@@ -95,7 +108,7 @@ def test_audit_passes_everything_on(spec: str, pipeline: SimpleNamespace, tmp_pa
         "queries": 40,
         "seed": 3,
         "device": "cpu",
-        "preset": "full",
+        "preset": "thorough",
         "spec": spec,
         "options": {"n": "12"},
         "progress": False,
@@ -225,6 +238,7 @@ def test_a_traceback_only_with_debug(spec: str, pipeline: SimpleNamespace, capsy
         ("audit --out x", 2, "Missing argument 'SPEC'; see `brittle audit --help`"),
         ("audit mine.py:make --out x --querys 3", 2, "No such option:? '?--querys'?.*--queries"),
         ("audit mine.py:make --out x --queries 0", 2, "Invalid value for '--queries': 0 is not in the range x>=1"),
+        ("audit mine.py:make --out x --preset slow", 2, "Invalid value for '--preset': 'slow' is not one of 'quick', "),
         ("audit mine.py:make --out x --seed red", 2, "Invalid value for '--seed': 'red' is not a valid int"),
         ("audti mine.py:make", 2, "No such command 'audti'.*see `brittle --help`"),
         ("--nonsense", 2, "No such option:? '?--nonsense'?.*see `brittle --help`"),
@@ -362,6 +376,12 @@ def test_the_module_and_the_script_are_the_same(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "brittle", "audit"], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "brittle: Missing argument 'SPEC'; see `brittle audit --help`\n"
+
+
+def test_the_presets_are_those_of_the_pipeline() -> None:
+    from brittle.pipeline import PRESETS
+
+    assert tuple(PRESETS) == cli.PRESETS
 
 
 def test_the_library_has_one_face(monkeypatch: pytest.MonkeyPatch) -> None:
