@@ -1,0 +1,64 @@
+"""Charts drawn as SVG, the only place where matplotlib is used.
+
+Figures are made through the object-oriented API, without pyplot, and are equal bit for bit for equal charts.
+Their text stays text, in the reader's own fonts. They enter the page as images in data URIs: whatever a class
+name holds, nothing in an image runs.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from brittle.report.charts import Chart, Curves, Dots, Heat, Points, Scale, Waterfall
+from brittle.report.figures.maps import heat, scale
+from brittle.report.figures.plots import curves, dots, points, waterfall
+from brittle.report.figures.style import PIXELS_PER_INCH, STYLE
+
+__all__ = ["Drawing", "draw", "paint"]
+
+PAINTERS: dict[type, Callable[[Any], Figure]] = {
+    Dots: dots,
+    Curves: curves,
+    Points: points,
+    Heat: heat,
+    Scale: scale,
+    Waterfall: waterfall,
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure ready for an `img`: its data URI, what it shows in words, its size in CSS pixels."""
+
+    uri: str
+    alt: str
+    width: int
+    height: int
+
+
+def draw(chart: Chart) -> Drawing:
+    """Draw one chart as an SVG image in a data URI."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the reader's fonts draw it, not ours
+        figure = paint(chart)
+        with matplotlib.rc_context(STYLE):
+            FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    width, height = figure.get_size_inches() * PIXELS_PER_INCH
+    uri = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return Drawing(uri, chart.alt, round(width), round(height))
+
+
+def paint(chart: Chart) -> Figure:
+    """The matplotlib figure of a chart."""
+    with matplotlib.rc_context(STYLE):
+        return PAINTERS[type(chart)](chart)
