@@ -33,7 +33,7 @@ class SubjectFacts(Record):
     """What was audited."""
 
     name: str
-    spec: str | None = Field(None, description="file.py:make or package.module:make")
+    spec: str | None = Field(default=None, description="file.py:make or package.module:make")
     class_names: list[str]
     parameters: int
     input_shape: list[int]
@@ -42,7 +42,7 @@ class SubjectFacts(Record):
     test: int
     pool: int
     optimizer: str | None = None
-    steps: int | None = Field(None, description="optimizer steps on the recorded path")
+    steps: int | None = Field(default=None, description="optimizer steps on the recorded path")
 
 
 class MemoryFidelity(Record):
@@ -73,7 +73,7 @@ class Fidelity(Record):
     statement: str = Field(description="what may and may not be claimed; the report's first lines")
     verdict: Verdict
     relative_residual: float | None = None
-    cancellation: float | None = Field(None, description="median over queries of gross / |net|")
+    cancellation: float | None = Field(default=None, description="median over queries of gross / |net|")
     rows: list[LedgerRow] = []
     memory: MemoryFidelity | None = None
 
@@ -200,7 +200,9 @@ class AttackResult(Record):
     inputs: int
     success: Estimate = Field(description="share of inputs fooled, Wilson interval")
     median_distance: Estimate = Field(description="inputs that no attack fooled count as infinitely far")
-    smallest_share: float | None = Field(None, description="share of inputs on which this attack was the smallest")
+    smallest_share: float | None = Field(
+        default=None, description="share of inputs on which this attack was the smallest"
+    )
     evaluations: float = Field(description="mean gradient evaluations an input")
 
 

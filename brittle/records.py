@@ -12,7 +12,7 @@ has the logits (0, z), so that its margin is the logit signed towards the predic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -42,6 +42,11 @@ class Pairs:
         """Predicted class's logit minus the rival's. logits: (M, C) -> (M,), differentiable."""
         pick = lambda column: logits.gather(1, column.to(logits.device)[:, None])[:, 0]  # noqa: E731
         return pick(self.predicted) - pick(self.rival)
+
+    @classmethod
+    def join(cls, *parts: Pairs) -> Pairs:
+        """The pairs of several sets of queries, one after the other."""
+        return cls(torch.cat([p.predicted for p in parts]), torch.cat([p.rival for p in parts]))
 
     @classmethod
     def of(cls, logits: Tensor) -> Pairs:
@@ -147,6 +152,11 @@ class ShiftMap:
     probed: Tensor  # shape: (M, F, K, G), at its probes
     margin: Tensor  # shape: (M,), output at the clean query
     probed_margin: Tensor  # shape: (M, F, K)
+
+    def __getitem__(self, rows: Tensor | slice) -> ShiftMap:
+        """The map of some of the queries."""
+        fields = ("mass", "probed", "margin", "probed_margin")
+        return replace(self, **{name: getattr(self, name)[rows] for name in fields})
 
     @property
     def shift(self) -> Tensor:

@@ -61,8 +61,7 @@ def shift_map(
     m, f, k = len(queries), len(families), len(shares)
     probes = torch.stack([probe_inputs(queries.inputs, fam, draws[fam.name], shares) for fam in families], dim=1)
     flat = torch.cat([queries.inputs, probes.flatten(0, 2)])  # shape: (M + M F K, *input)
-    every = [queries.pairs, queries.pairs.repeat_interleave(f * k)]
-    pairs = Pairs(torch.cat([p.predicted for p in every]), torch.cat([p.rival for p in every]))
+    pairs = Pairs.join(queries.pairs, queries.pairs.repeat_interleave(f * k))
     masses = mass(flat, pairs)
     margins = pairs.margin(subject.predict(flat))
     reference = torch.tensor([fam.reference for fam in families], dtype=torch.float64)
@@ -90,19 +89,8 @@ def flow(shift: ShiftMap) -> Flow:
 def gone_at(shift: ShiftMap) -> Tensor:
     """Severity at which the margin is predicted to be gone, (M, F) in each family's unit; infinite where never.
 
-    The parabola through the margins at severity 0 and at the two severities of the map, followed to its first
-    root; where the curve bends away from 0 the straight line through the larger severity counts instead.
+    The straight line through the margins at severity 0 and at the larger severity of the map, followed to 0. A
+    parabola through both severities ranked failures worse: its bend is mostly noise.
     """
-    s1, s2 = shift.severities[None, :, 0], shift.severities[None, :, -1]
-    m0, m1, m2 = shift.margin[:, None], shift.probed_margin[:, :, 0], shift.probed_margin[:, :, -1]
-    d1, d2 = (m1 - m0) / s1, (m2 - m0) / s2
-    bend = (d2 - d1) / (s2 - s1)  # margin(s) ~ m0 + slope s + bend s^2
-    slope = d1 - bend * s1
-    return _first_root(m0.expand_as(slope), slope, bend.clamp_max(0.0), d2)
-
-
-def _first_root(m0: Tensor, slope: Tensor, bend: Tensor, chord: Tensor) -> Tensor:
-    """Smallest s > 0 with m0 + slope s + bend s^2 = 0 for bend < 0; the line m0 + chord s where bend is 0."""
-    root = (slope + (slope.square() - 4 * bend * m0).sqrt()) / (-2 * bend)
-    line = torch.where(chord < 0, m0 / -chord, torch.inf)
-    return torch.where(bend < 0, root, line)
+    slope = (shift.probed_margin[:, :, -1] - shift.margin[:, None]) / shift.severities[:, -1]
+    return torch.where(slope < 0, shift.margin[:, None] / -slope, torch.inf)

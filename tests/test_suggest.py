@@ -123,7 +123,7 @@ class TestSuggest:
     def test_names_classes_and_holes(self) -> None:
         features, train = normal(30, 5), normal(12, 5, seed=1)
         membership = torch.arange(30) % 3 - 1
-        found = suggest(subject_with(pool_of()), features, train, membership, 6)
+        found = suggest(subject_with(pool_of()), torch.arange(len(features)), features, train, membership, 6)
         chosen, gains = choose(features, train, 6)
         assert [s.pool_id for s in found] == chosen.tolist()
         assert [s.gain for s in found] == gains.tolist()
@@ -133,11 +133,11 @@ class TestSuggest:
             assert s.hole == {-1: None, 0: 0, 1: 1}[int(membership[s.pool_id])]
 
     def test_without_a_pool_nothing_is_suggested(self) -> None:
-        assert suggest(subject_with(None), normal(0, 5), normal(12, 5), torch.zeros(0).long(), 6) == []
+        assert suggest(subject_with(None), torch.arange(0), normal(0, 5), normal(12, 5), torch.zeros(0).long(), 6) == []
 
     def test_features_of_another_pool_are_named(self) -> None:
         with pytest.raises(DataError, match="30 examples, 29 features, 30 hole ids"):
-            suggest(subject_with(pool_of()), normal(29, 5), normal(12, 5), torch.zeros(30).long(), 6)
+            suggest(subject_with(pool_of()), torch.arange(30), normal(29, 5), normal(12, 5), torch.zeros(30).long(), 6)
 
 
 def family(name: str, unit: str, reference: float) -> Family:

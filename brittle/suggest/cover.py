@@ -61,11 +61,12 @@ def choose(
 
 
 def suggest(
-    subject: Subject, pool_features: Tensor, train_features: Tensor, membership: Tensor, count: int
+    subject: Subject, ids: Tensor, pool_features: Tensor, train_features: Tensor, membership: Tensor, count: int
 ) -> list[ExampleSuggestion]:
     """The pool examples to add, each with the hole that it lies in.
 
     Args:
+        ids: (Q,) the pool examples that may be chosen.
         pool_features: (Q, D) and train_features: (N, D), tangent-kernel features of pool and training data.
         membership: (Q,) id of the hole whose rule each pool example meets, -1 for none.
 
@@ -74,21 +75,21 @@ def suggest(
     """
     if subject.pool is None:
         return []
-    if not len(subject.pool) == len(pool_features) == len(membership):
+    if not len(ids) == len(pool_features) == len(membership):
         raise DataError(
-            f"each pool example needs its features and its hole: {len(subject.pool)} examples, "
+            f"each pool example needs its features and its hole: {len(ids)} examples, "
             f"{len(pool_features)} features, {len(membership)} hole ids"
         )
     chosen, gains = choose(pool_features, train_features, count)
     return [
         ExampleSuggestion(
-            pool_id=i,
-            name=subject.pool.name(i),
-            class_name=subject.class_names[int(subject.pool.targets[i])],
-            hole=int(membership[i]) if membership[i] >= 0 else None,
+            pool_id=int(ids[row]),
+            name=subject.pool.name(int(ids[row])),
+            class_name=subject.class_names[int(subject.pool.targets[ids[row]])],
+            hole=int(membership[row]) if membership[row] >= 0 else None,
             gain=gain,
         )
-        for i, gain in zip(chosen.tolist(), gains.tolist(), strict=True)
+        for row, gain in zip(chosen.tolist(), gains.tolist(), strict=True)
     ]
 
 

@@ -1,0 +1,146 @@
+"""What is known of the training decides what can be accounted for: the recorded path, or the final weights alone.
+
+With a path, outputs get a ledger and the memory holds what each group displaced. Without one, the tangent kernel
+of the final weights stands in: local statements, no account. Everything after this module treats both alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from brittle.findings import MemoryFidelity, PathKnown
+from brittle.kernel.memory import Memory, build, fine_mass, mass
+from brittle.kernel.quadrature import outputs_at
+from brittle.kernel.sweep import Quadrature, sweep
+from brittle.kernel.tangent import tangent_contributions, tangent_memory
+from brittle.path.flat import FlatModel
+from brittle.path.replay import check_path
+from brittle.path.store import PathReader
+from brittle.probes import Family
+from brittle.records import Groups, Ledger, Pairs, Queries, ShiftMap
+from brittle.shift import shift_map
+from brittle.subject import Subject
+
+Progress = Callable[[int, int], None]
+
+SAMPLE_QUERIES, SAMPLE_FAMILIES = 8, 4
+"""Queries, and families of each, on which the memory is held against a finer account."""
+
+FINE_SEGMENTS, FINE_NODES = 500, 4
+
+
+@dataclass(frozen=True)
+class Account:
+    """Contributions of N training examples to M outputs; with their ledger where the path is known."""
+
+    ids: Tensor  # shape: (M,) positions in the test data
+    predicted: Tensor  # shape: (M,)
+    rival: Tensor  # shape: (M,)
+    contributions: Tensor  # shape: (M, N) float32
+    ledger: Ledger | None
+    evaluations: int
+
+    @property
+    def kind(self) -> str:
+        return "path kernel" if self.ledger is not None else "tangent kernel"
+
+
+def open_path(subject: Subject) -> PathReader | None:
+    """The subject's recorded path, checked against its model and data; None where there is none."""
+    if subject.path is None:
+        return None
+    path = PathReader(subject.path)
+    check_path(path, subject)
+    return path
+
+
+def known(path: PathReader | None) -> PathKnown:
+    """How much of the path is known."""
+    return "weights" if path is None else "recorded"
+
+
+def build_memory(
+    subject: Subject,
+    path: PathReader | None,
+    groups: Groups,
+    segments: int,
+    nodes: int,
+    device: str,
+    progress: Progress | None,
+) -> Memory:
+    """The group memory of the path, or of one step at the final weights."""
+    if path is None:
+        return tangent_memory(subject, groups, device, progress)
+    return build(path, subject, groups, segments, nodes, device, progress)
+
+
+def account(
+    subject: Subject,
+    path: PathReader | None,
+    ids: Tensor,
+    inputs: Tensor,
+    pairs: Pairs,
+    device: str,
+    progress: Progress | None,
+) -> Account:
+    """Contributions to the outputs, from the path or from the final weights."""
+    if path is None:
+        found = tangent_contributions(subject, inputs, pairs, device, progress)
+        return Account(ids, pairs.predicted, pairs.rival, found, None, len(inputs) + len(subject.train))
+    swept = sweep(path, subject, inputs, pairs, Quadrature(), device, progress)
+    contributions = swept.ledger.contributions.float()
+    return Account(ids, pairs.predicted, pairs.rival, contributions, swept.ledger, swept.evaluations)
+
+
+def memory_fidelity(
+    subject: Subject,
+    path: PathReader,
+    memory: Memory,
+    groups: Groups,
+    queries: Queries,
+    families: Sequence[Family],
+    draws: Mapping[str, Tensor],
+    generator: torch.Generator,
+    device: str,
+    progress: Progress | None = None,
+) -> MemoryFidelity:
+    """The memory's shifts on a sample of probes, held against a finer account of the same path."""
+    rows = torch.randperm(len(queries), generator=generator)[:SAMPLE_QUERIES]
+    columns = torch.randperm(len(families), generator=generator)[:SAMPLE_FAMILIES].tolist()
+    some = [families[c] for c in columns]
+    own = {f.name: draws[f.name][rows] for f in some}
+    fine_segments = min(path.steps, FINE_SEGMENTS)
+
+    def coarse(inputs: Tensor, pairs: Pairs) -> Tensor:
+        return mass(memory, subject, inputs, pairs, device)
+
+    def fine(inputs: Tensor, pairs: Pairs) -> Tensor:
+        return fine_mass(path, subject, groups, inputs, pairs, fine_segments, FINE_NODES, device, progress)
+
+    ours, finer = (shift_map(subject, queries[rows], some, own, m) for m in (coarse, fine))
+    start = outputs_at(
+        subject, FlatModel(subject.model, device), memory.ends[0], queries.inputs[rows], queries.pairs[rows]
+    )
+    learned = ours.margin - start.double().cpu()
+    cosines = torch.cosine_similarity(_class_shift(ours, groups, subject), _class_shift(finer, groups, subject), dim=1)
+    by_class = [groups.by_class(s.mass[:, :-1], subject.classes) for s in (ours, finer)]
+    moved = (ours.probed_margin - ours.margin[:, None, None]).flatten()
+    return MemoryFidelity(
+        relative_residual=((learned - ours.mass.sum(1)).abs().mean() / learned.abs().mean()).item(),
+        shift_cosine=cosines.median().item(),
+        shift_cosine_p5=cosines.quantile(0.05).item(),
+        shift_residual=((moved - ours.shift.sum(-1).flatten()).abs().mean() / moved.abs().mean()).item(),
+        class_cosine=torch.cosine_similarity(by_class[0], by_class[1], dim=1).median().item(),
+        segments=memory.segments,
+        nodes=memory.evaluations,
+        sample=len(cosines),
+    )
+
+
+def _class_shift(shift: ShiftMap, groups: Groups, subject: Subject) -> Tensor:
+    """Shifts by class, one row a probe: (M F K, C). The last column of the mass is decay."""
+    return groups.by_class(shift.shift[..., :-1], subject.classes).flatten(0, 2)
