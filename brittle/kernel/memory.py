@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from brittle.kernel.quadrature import BLOCK, blocks, midpoints, output_gradients
@@ -32,7 +34,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Memory:
-    """Displacements by segment and group; the last row of each segment is what decay did.
+    """Displacements by segment and group; the last row of each segment is what decay and the buffers did.
 
     `ends[t]` and `ends[t + 1]` are the states at both ends of segment t, `nodes` the midpoints taken in each.
     """
@@ -56,10 +58,18 @@ class Memory:
             for share in midpoints(self.nodes):
                 yield torch.lerp(self.ends[t], self.ends[t + 1], share), self.displacements[t] / self.nodes
 
+    def by_class(self, groups: Groups, classes: int) -> Memory:
+        """The same memory with the groups of each class summed up."""
+        t, _, p = self.displacements.shape
+        sums = self.displacements.new_zeros(t, classes + 1, p)
+        sums.index_add_(1, groups.classes, self.displacements[:, :-1])
+        sums[:, -1] = self.displacements[:, -1]
+        return Memory(self.ends, sums, self.nodes)
+
     def merged(self, segments: int, nodes: int = 1) -> Memory:
         """The same memory in fewer, longer segments: cheaper, less exact."""
         cuts = torch.linspace(0, self.segments, min(segments, self.segments) + 1).round().long().tolist()
-        sums = [self.displacements[a:b].sum(0) for a, b in zip(cuts, cuts[1:], strict=False)]
+        sums = [self.displacements[a:b].sum(0) for a, b in pairwise(cuts)]
         return Memory(self.ends[cuts], torch.stack(sums), nodes)
 
 
@@ -83,7 +93,7 @@ def build(
 
 @dataclass(frozen=True)
 class Displaced:
-    """One segment while the path is walked: its ends, and what each group and decay displaced."""
+    """One segment while the path is walked: its ends, and what each group displaced; decay and buffers last."""
 
     low: Tensor  # shape: (P,)
     high: Tensor  # shape: (P,)
@@ -112,6 +122,7 @@ def displaced(
             if progress:
                 progress(step.index + 1, path.steps)
             if step.index + 1 in stops:
+                moved[-1, flat.parameters :] = (after - low)[flat.parameters :].to(moved)
                 yield Displaced(low, after, moved)
                 low, moved = after, torch.zeros_like(buffers)
 
@@ -130,7 +141,7 @@ def mass(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Tensor:
-    """Mass by group and, in the last column, what decay did: (R, G + 1), logits, float64.
+    """Mass by group and, in the last column, what decay and buffers did: (R, G + 1), logits, float64.
 
     Cost: `memory.evaluations` gradient passes an input, whatever the size of the training set.
     """
@@ -143,6 +154,38 @@ def mass(
         if progress:
             progress(k + 1, memory.evaluations)
     return total
+
+
+def differentiable_mass(memory: Memory, subject: Subject, device: str = "cpu") -> Callable[[Tensor, Pairs], Tensor]:
+    """The mass of any input as a function that can be differentiated in the input; decay is left out.
+
+    Returns a function (inputs (R, *input), pairs) -> (R, G) in the weights' precision. One call costs
+    `memory.evaluations` gradient passes an input, its backward pass about as much again; attacks call it on a
+    `merged` memory.
+    """
+    flat = FlatModel(subject.model, device)
+    model = flat.eval()
+    slots = [slot for slot in flat.slots if not slot.buffer]
+
+    def margin(weights: Tensor, x: Tensor, sign: Tensor) -> Tensor:
+        named = {s.name: weights[s.start : s.stop].view(s.shape) for s in slots}
+        bound = lambda batch: torch.func.functional_call(model, named, (batch,))  # noqa: E731
+        return subject.class_logits(bound, x[None])[0] @ sign  # type: ignore[arg-type]
+
+    gradients = torch.func.vmap(torch.func.grad(margin), in_dims=(None, 0, 0))
+
+    def mass_of(inputs: Tensor, pairs: Pairs) -> Tensor:
+        x = inputs.to(flat.state)
+        sign = (F.one_hot(pairs.predicted, subject.classes) - F.one_hot(pairs.rival, subject.classes)).to(x)
+        total = x.new_zeros(len(x), memory.displacements.shape[1] - 1)
+        for state, moved in memory.points():
+            flat.load(state)
+            weights = flat.state[: flat.parameters].clone()
+            jacobian = gradients(weights, x, sign)  # shape: (R, parameters)
+            total = total + jacobian @ moved[:-1, : flat.parameters].to(jacobian).T
+        return total
+
+    return mass_of
 
 
 def fine_mass(
