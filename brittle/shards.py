@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
@@ -24,12 +25,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 
     Raises `DiskError` where the disk is full or cannot be written; then the old file is still whole.
     """
-    digest = hashlib.sha256(content).hexdigest()
+    note, digest = _checksum(path), hashlib.sha256(content).hexdigest()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _checksum(path).unlink(missing_ok=True)  # a crash between the renames leaves a file that does not count
-        _replace(path, content)
-        _replace(_checksum(path), f"{digest}  {path.name}\n".encode())
+        with _temporary(path, content) as new, _temporary(note, f"{digest}  {path.name}\n".encode()) as new_note:
+            note.unlink(missing_ok=True)  # a crash between the renames leaves a file that does not count
+            os.replace(new, path)
+            os.replace(new_note, note)
     except OSError as error:
         reason = "no space is left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
         raise DiskError(f"cannot write {path}: {reason}; free space or name another folder, then run again") from error
@@ -61,8 +63,7 @@ def whole(path: Path) -> bool:
 
 def write_arrays(path: Path, arrays: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
     """Write named tensors and text notes as one safetensors file."""
-    plain = {name: array.detach().cpu().contiguous() for name, array in arrays.items()}
-    write_bytes(path, safetensors.torch.save(plain, dict(notes or {})))
+    write_bytes(path, safetensors.torch.save(_apart(arrays), dict(notes or {})))
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:
@@ -81,13 +82,27 @@ def _checksum(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _apart(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The arrays on the CPU, contiguous; those that share memory with an earlier one are copied."""
+    plain: dict[str, Tensor] = {}
+    held: set[int] = set()
+    for name, array in arrays.items():
+        array = array.detach().cpu().contiguous()
+        memory = array.untyped_storage().data_ptr()
+        plain[name] = array.clone() if memory in held else array
+        held.add(memory)
+    return plain
+
+
+@contextmanager
+def _temporary(path: Path, content: bytes) -> Iterator[Path]:
+    """The content flushed to the disk beside `path`, under a name that goes away unless it is renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
