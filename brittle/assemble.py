@@ -12,7 +12,7 @@ from brittle.accounts import Account
 from brittle.agreement import hole_test, wilson
 from brittle.agreement.contests import Contest
 from brittle.attacks.envelope import envelope
-from brittle.exhibits import figure_arrays, pictures
+from brittle.exhibits import figure_arrays, pictures, training_index
 from brittle.findings import (
     Agreement,
     AttackResult,
@@ -104,6 +104,7 @@ def write_run(e: Evidence, holes: list[Hole], suggestions: Suggestions, run: Run
     shown = pictures(e.subject, findings, e.flips.after)
     run.save_failures([*probe_rows, *attacked])
     run.save_document("holes", [hole.model_dump() for hole in holes])
+    run.save_document("train", training_index(e.subject))
     run.save("figures", arrays)
     run.save("pictures", shown)
     run.save_report(render(findings, arrays, shown))

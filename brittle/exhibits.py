@@ -48,6 +48,12 @@ def mean_shift(shift: ShiftMap, queries: Queries, groups: Groups, classes: int) 
     return torch.stack([r.mean(0) if len(r) else r.new_full(moved.shape[1:], torch.nan) for r in rows], dim=1)
 
 
+def training_index(subject: Subject) -> dict[str, list[str]]:
+    """Name and class of every training example, so that a run can be read without its subject."""
+    names = [subject.train.name(i) for i in range(len(subject.train))]
+    return {"names": names, "classes": [subject.class_names[c] for c in subject.train.targets.tolist()]}
+
+
 def pictures(subject: Subject, findings: Findings, flipped: Tensor) -> dict[str, Tensor]:
     """The inputs that the report shows, by key. flipped: (K, *input) the flips, in the findings' order."""
     test = {i for hole in findings.holes for i in (hole.exemplar, *hole.members)}

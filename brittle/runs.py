@@ -3,7 +3,7 @@
     settings.json          enough to repeat the run; a folder with other settings is refused
     STAGE/STAGE.safetensors, STAGE/PART.safetensors      arrays of one stage (memory, ledger, shift, ...)
     pictures.safetensors   the images of the report
-    NAME.json              documents: holes, findings (schema-checked)
+    NAME.json              documents: train (names and classes), holes, findings (schema-checked)
     failures.csv           one row per query and attack or probe
     report.html            the page
 

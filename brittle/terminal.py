@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -45,7 +45,7 @@ def explanation(run: RunFolder, query: int) -> str:
     findings = run.findings()
     views = zip(findings.prediction.flips, flips_of(findings), strict=True)
     flips = [_flip(query, view) for flip, view in views if flip.query == query]
-    return "\n\n".join(flips) or _account(query, ledger_row(run, query))
+    return "\n\n".join(flips) or _account(query, ledger_row(run, query), run.load_document("train"))
 
 
 def ledger_row(run: RunFolder, query: int) -> Tensor:
@@ -78,17 +78,17 @@ def _table(title: str, examples: Sequence[ExampleView]) -> list[str]:
     return ["", _aligned([(title, "class", "before", "after", "change"), *rows])]
 
 
-def _account(query: int, contributions: Tensor) -> str:
-    """The largest contributions on either side."""
+def _account(query: int, contributions: Tensor, train: Mapping[str, Sequence[str]]) -> str:
+    """The largest contributions on either side. train: names and classes of the training examples."""
     best = contributions.topk(min(TOP, len(contributions)))
     worst = contributions.topk(min(TOP, len(contributions)), largest=False)
     lines = [f"query {query} is none of the worst flips; this is its ledger, in logits towards the predicted class"]
     for title, side in (("supporters", best), ("rival examples", worst)):
         rows = [
-            (f"training example {i}", signed(v))
+            (train["names"][i], train["classes"][i], signed(v))
             for i, v in zip(side.indices.tolist(), side.values.tolist(), strict=True)
         ]
-        lines += ["", _aligned([(title, "contribution"), *rows])]
+        lines += ["", _aligned([(title, "class", "contribution"), *rows])]
     return "\n".join(lines)
 
 

@@ -270,6 +270,7 @@ def run(tmp_path: Path) -> Path:
         folder.save("figures", case.arrays)
         folder.save("pictures", case.pictures)
         folder.save("ledger", {"ids": torch.tensor([5, 9]), "contributions": torch.arange(24.0).reshape(2, 12) - 10})
+        folder.save_document("train", {"names": [f"image-{i}" for i in range(12)], "classes": ["cat"] * 12})
         folder.save_findings(case.findings)
     return tmp_path / "run"
 
@@ -280,7 +281,7 @@ def test_report_renders_the_page_again(run: Path, capsys: pytest.CaptureFixture[
     page = (run / "report.html").read_text()
     assert page.lstrip().lower().startswith("<!doctype html>")
     assert FINDINGS.agreement.sentence.split(",")[0] in page
-    assert read_run(run).verify() == 6
+    assert read_run(run).verify() == 7
 
 
 def test_an_unfinished_run_has_no_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,7 +289,7 @@ def test_an_unfinished_run_has_no_report(run: Path, capsys: pytest.CaptureFixtur
         (run / name).unlink()
     says(capsys, 2, r".*run has no findings yet; run its audit to the end", "report", str(run))
     assert main(["verify", str(run)]) == 0
-    assert capsys.readouterr().out == f"{run}: 4 files are whole, the audit is not finished\n"
+    assert capsys.readouterr().out == f"{run}: 5 files are whole, the audit is not finished\n"
 
 
 def test_explain_names_the_examples_that_leave_and_arrive(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,7 +309,7 @@ def test_explain_names_the_examples_that_leave_and_arrive(run: Path, capsys: pyt
 def test_explain_falls_back_on_the_ledger(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", str(run), "--query", "9"]) == 0
     supporters, rivals = capsys.readouterr().out.split("rival examples")
-    listed = [re.findall(r"training example (\d+) +(\S+)", side) for side in (supporters, rivals)]
+    listed = [re.findall(r"image-(\d+) +cat +(\S+)", side) for side in (supporters, rivals)]
     assert listed[0] == [(str(i), signed(i + 2)) for i in (11, 10, 9, 8, 7)]
     assert listed[1] == [(str(i), signed(i + 2)) for i in (0, 1, 2, 3, 4)]
 

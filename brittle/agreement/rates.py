@@ -19,6 +19,9 @@ from brittle.agreement.metrics import wilson
 from brittle.errors import DataError, NotFiniteError
 from brittle.findings import HoleTest, Verdict
 
+FEWEST_MEMBERS = 5
+"""Held-out members of a hole below which it is neither confirmed nor refuted."""
+
 
 def calibrate(score: Tensor, failed: Tensor) -> Callable[[Tensor], Tensor]:
     """A curve from score to failure rate, fitted on calibration inputs; it never falls as the score rises.
@@ -56,13 +59,15 @@ def calibrate(score: Tensor, failed: Tensor) -> Callable[[Tensor], Tensor]:
 def hole_test(members: int, failures: int, base_rate: float) -> HoleTest:
     """A hole's observed failure rate, with its Wilson interval, against the base rate.
 
+    With fewer than `FEWEST_MEMBERS` there is no verdict: a single failure would pass.
+
     Args:
         members: held-out inputs that the hole's rule puts into it.  failures: how many of them failed.
         base_rate: share of failures under the same families among all held-out inputs that are right when clean.
     """
     rate = wilson(failures, members)
     verdict: Verdict = "inconclusive"
-    if rate.low is not None and rate.high is not None:
+    if rate.low is not None and rate.high is not None and members >= FEWEST_MEMBERS:
         verdict = "pass" if rate.low > base_rate else "fail" if rate.high < base_rate else "inconclusive"
     lift = rate.value / base_rate if rate.value is not None and base_rate > 0 else None
     return HoleTest(
