@@ -37,12 +37,12 @@ from brittle.kernel.memory import Memory, differentiable_mass, mass
 from brittle.mass import class_groups, cluster_groups
 from brittle.outcomes import Observed, observe
 from brittle.path.store import PathReader
-from brittle.probes import Family, families_for
+from brittle.probes import MAP_SHARES, Family, families_for
 from brittle.records import AttackRows, Groups, Ledger, Norm, Pairs, ShiftMap
 from brittle.runs import RunFolder, open_run
-from brittle.scores import lack_of_support, late_path
+from brittle.scores import lack_of_support, late_path, late_path_at_reference, late_probabilities, severity_scores
 from brittle.settings import fingerprints
-from brittle.shift import draw_probes, shift_map
+from brittle.shift import draw_probes, probe_inputs, shift_map
 from brittle.split import Split, split_test
 from brittle.stages import Progress, Spend, Stages
 from brittle.subject import Subject
@@ -299,9 +299,10 @@ def _agreement(
     generator = c.stages.generator("agreement")
 
     def compute(tick: Progress, spend: Spend) -> dict[str, Any]:
+        probe_scores = {name: score[right] for name, score in _probe_scores(c, ours, support).items()}
         held = [
             natural_errors(c.subject, c.split.natural, _natural_scores(c, memory, tick, spend)),
-            *probe_failures(c.subject, sealed[right], c.families, ours[right], support[right], severity[right]),
+            *probe_failures(c.subject, sealed[right], c.families, ours[right], probe_scores, severity[right]),
             *attack_distances(c.subject, sealed[right], envelopes, ours[right], support[right]),
         ]
         settled = []
@@ -322,7 +323,22 @@ def _natural_scores(c: _Context, memory: Memory, tick: Progress, spend: Spend) -
     support = {"lack of support": lack_of_support(masses, c.groups, c.subject.classes)}
     if c.path is None:
         return support
-    return {"late path": late_path(c.path, c.subject, queries.inputs, queries.pairs, c.device)} | support
+    late = late_probabilities(c.path, c.subject, queries.inputs, c.device)
+    return {"late path": late_path(late, queries.pairs)} | support
+
+
+def _probe_scores(c: _Context, shift: ShiftMap, support: Tensor) -> dict[str, Tensor]:
+    """Our scores of failure under each family, each (M, F), the named one first."""
+    severity = torch.stack(list(severity_scores(shift).values()), dim=1)
+    scores = {"predicted severity": severity, "lack of support": support[:, None].expand_as(severity)}
+    if c.path is None:
+        return scores
+    sealed, draws, path, share = c.split.sealed, c.sealed_draws(), c.path, MAP_SHARES[-1]
+    late = lambda inputs: late_path(late_probabilities(path, c.subject, inputs, c.device), sealed.pairs)  # noqa: E731
+    clean = late(sealed.inputs)
+    probes = [probe_inputs(sealed.inputs, family, draws[family.name], (share,))[:, 0] for family in c.families]
+    carried = torch.stack([late_path_at_reference(clean, late(probe), share) for probe in probes], dim=1)
+    return {"late path at the reference": carried} | scores
 
 
 def _suggestions(c: _Context, holes: list[Hole], regions_of: list[Region], failures: int) -> Suggestions:

@@ -1,11 +1,15 @@
 """What the path says of brittleness: one number an input, higher means brittler.
 
-late path      the predicted class's lead in probability, averaged over the later half of training: predictions
-               that were settled late, or kept changing, are weak
-mass           how little of the gross mass is left over as net: a prediction held up by near-cancellation
-gone at        the predicted severity at which the margin is gone (`shift.gone_at`), per family or the nearest
+late path      the predicted class's lead over the best other one in log probability, with probabilities averaged
+               over the later half of training: predictions that were settled late, or kept changing, are weak;
+               under a probe family, that lead carried on in a straight line to the reference severity
+support        how little of the gross mass is left over as net: a prediction held up by near-cancellation
+severity       the predicted severity at which the margin is gone (`shift.gone_at`)
 
-None of them looks at a label, and none attacks the input.
+None of them looks at a label, and none attacks the input. On four digits networks the line to the reference ranked
+failures with a mean AUROC of .961, the severity with .912: where the reference is fixed, what is left of the lead
+there says more than when it will be gone. Averaging over the path added .0003, so it is a tie with the final
+network's own line, which stands beside it as a baseline.
 """
 
 from __future__ import annotations
@@ -26,8 +30,8 @@ FORWARD_BLOCK = 1024
 
 
 @torch.no_grad()
-def late_path(path: PathReader, subject: Subject, inputs: Tensor, pairs: Pairs, device: str = "cpu") -> Tensor:
-    """Minus the lead of the predicted class over the best other one in late-path averaged probability, (M,).
+def late_probabilities(path: PathReader, subject: Subject, inputs: Tensor, device: str = "cpu") -> Tensor:
+    """Class probabilities averaged over `LATE_STATES` stored states of the later half of training: (M, C).
 
     Cost: `LATE_STATES` forward passes an input.
     """
@@ -42,9 +46,23 @@ def late_path(path: PathReader, subject: Subject, inputs: Tensor, pairs: Pairs, 
         for rows in blocks(len(inputs), FORWARD_BLOCK):
             logits = subject.class_logits(model, inputs[rows].to(flat.state))
             mean[rows] += logits.softmax(1).double().cpu() / len(chosen)
-    own = mean.gather(1, pairs.predicted[:, None])[:, 0]
-    others = mean.scatter(1, pairs.predicted[:, None], -1.0).amax(1)
-    return others - own
+    return mean
+
+
+def late_path(probabilities: Tensor, pairs: Pairs) -> Tensor:
+    """Minus the predicted class's lead over the best other one, in log probability. (M, C) -> (M,)."""
+    own, predicted = probabilities.clamp_min(torch.finfo(torch.float64).tiny).log(), pairs.predicted[:, None]
+    return own.scatter(1, predicted, -torch.inf).amax(1) - own.gather(1, predicted)[:, 0]
+
+
+def late_path_at_reference(clean: Tensor, probed: Tensor, share: float) -> Tensor:
+    """The late path's score carried on in a straight line to the reference severity.
+
+    Args:
+        clean: score at the query, (M,). probed: score at the probe, (M,).
+        share: the probe's severity as a share of the reference.
+    """
+    return clean + (probed - clean) / share
 
 
 def lack_of_support(mass: Tensor, groups: Groups, classes: int) -> Tensor:
@@ -56,9 +74,3 @@ def severity_scores(shift: ShiftMap) -> dict[str, Tensor]:
     """Minus the log of the predicted severity as a share of the reference, by family: each (M,)."""
     share = gone_at(shift) / shift.reference
     return {name: -share[:, f].log() for f, name in enumerate(shift.families)}
-
-
-def nearest_failure(shift: ShiftMap, families: tuple[str, ...]) -> Tensor:
-    """The brittlest family's score, (M,)."""
-    scores = severity_scores(shift)
-    return torch.stack([scores[name] for name in families]).amax(0)

@@ -3,7 +3,7 @@
 Of our scores one is named for each kind before outcomes are seen, and only that one decides:
 
     natural errors   late path (without a path: lack of support)
-    a probe family   predicted severity under that family
+    a probe family   late path at the reference (without a path: predicted severity)
     a distance       predicted severity along the margin's gradient
 
 A contest holds the scores and the outcomes of one kind on the same inputs; `settle` compares them.
@@ -74,7 +74,7 @@ def probe_failures(
     queries: Queries,
     families: Sequence[Family],
     shift: ShiftMap,
-    support: Tensor,
+    ours: Mapping[str, Tensor],
     severity: Tensor,
 ) -> list[Contest]:
     """Errors under each family by its reference; the baselines may look at the same small probes as we do.
@@ -82,16 +82,14 @@ def probe_failures(
     Args:
         queries: right when clean.
         shift: of the queries.
-        support: lack of support, (M,).
+        ours: our scores by name, each (M, F), the named one first.
         severity: (M, F) smallest level that failed, infinite where none did.
     """
-    plain, found = baselines(subject, queries), []
-    predicted, extrapolated = severity_scores(shift), extrapolated_margin(shift)
+    plain, extrapolated, found = baselines(subject, queries), extrapolated_margin(shift), []
     for f, family in enumerate(families):
-        ours = {"predicted severity": predicted[family.name], "lack of support": support}
+        mine, at = {name: score[:, f] for name, score in ours.items()}, severity[:, f]
         others = plain | {"extrapolated margin": extrapolated[:, f]}
-        at = severity[:, f]
-        found.append(_contest("probe", family.name, "auroc", ours, others, at.isfinite(), at))
+        found.append(_contest("probe", family.name, "auroc", mine, others, at.isfinite(), at))
     return found
 
 
