@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 SAMPLE_QUERIES, SAMPLE_FAMILIES = 8, 4
 """Queries, and families of each, on which the memory is held against a finer account."""
 
-FINE_SEGMENTS, FINE_NODES = 500, 4
+FINE_SEGMENTS, FINE_NODES = 500, 2
 
 
 @dataclass(frozen=True)

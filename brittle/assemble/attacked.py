@@ -1,0 +1,46 @@
+"""The attacks' section: each attack and the envelope, in each norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from brittle.agreement import wilson
+from brittle.assemble.estimates import median
+from brittle.assemble.evidence import Evidence
+from brittle.attacks.envelope import envelope
+from brittle.findings import AttackResult, Attacks
+from brittle.records import AttackRows, Norm
+
+
+def attacks(e: Evidence) -> Attacks:
+    """Every attack's success and distance, and the envelope's, in each norm."""
+    sealed = e.split.sealed
+    results = []
+    for norm in norms_of(e.attacked):
+        smallest = envelope(e.attacked, norm)
+        results += [_attack(rows, smallest) for rows in e.attacked if rows.norm == norm] + [_attack(smallest, None)]
+    return Attacks(inputs=int(sealed.right.sum()), wrong_when_clean=int((~sealed.right).sum()), results=results)
+
+
+def norms_of(rows: Sequence[AttackRows]) -> list[Norm]:
+    """The norms attacked in, in order."""
+    return list(dict.fromkeys(r.norm for r in rows))
+
+
+def _attack(rows: AttackRows, smallest: AttackRows | None) -> AttackResult:
+    """One attack's figures. smallest: the envelope in the same norm, None for the envelope itself."""
+    count = len(rows.success)
+    share = None
+    if smallest is not None and rows.kind == "minimal":
+        share = (rows.success & (rows.distance <= smallest.distance * (1 + 1e-6))).double().mean().item()
+    return AttackResult(
+        name=rows.attack,
+        norm=rows.norm,
+        kind="envelope" if smallest is None else rows.kind,
+        epsilon=rows.epsilon,
+        inputs=count,
+        success=wilson(int(rows.success.sum()), count),
+        median_distance=median(rows.distance.double()),
+        smallest_share=share,
+        evaluations=rows.evaluations.double().mean().item(),
+    )

@@ -1,0 +1,43 @@
+"""Everything the stages found: what findings are written from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from brittle.accounts import Account
+from brittle.agreement.contests import Contest
+from brittle.findings import Agreement, MemoryFidelity
+from brittle.flips import Flips
+from brittle.holes import Region
+from brittle.outcomes import Observed
+from brittle.path.store import PathReader
+from brittle.probes import Family
+from brittle.records import AttackRows, Groups, ShiftMap
+from brittle.split import Split
+from brittle.subject import Subject
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything the stages found."""
+
+    subject: Subject
+    spec: str | None
+    path: PathReader | None
+    split: Split
+    families: tuple[Family, ...]
+    groups: Groups
+    memory_fidelity: MemoryFidelity | None
+    shift: ShiftMap  # of `split.both`
+    observed: Observed  # of `split.both`
+    holes: list[Region]
+    attacked: list[AttackRows]  # on sealed queries that are right when clean
+    flips: Flips
+    account: Account  # of the predicting queries, then every flip before and after
+    contests: list[Contest]
+    agreement: Agreement
+
+    @property
+    def first(self) -> int:
+        """Where the sealed queries begin in `split.both`."""
+        return len(self.split.predict)

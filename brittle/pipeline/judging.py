@@ -1,0 +1,106 @@
+"""The stages that judge: predictions against outcomes, and what the suggested examples bring."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brittle.agreement import overall
+from brittle.agreement.contests import Contest, attack_distances, natural_errors, probe_failures, settle
+from brittle.attacks.envelope import envelope
+from brittle.findings import Agreement, ExampleSuggestion, Hole, RetrainCheck, Suggestions
+from brittle.holes import Region
+from brittle.kernel.memory import Memory, mass
+from brittle.outcomes import Observed
+from brittle.pipeline.context import NORMS, Context
+from brittle.probes import MAP_SHARES
+from brittle.records import AttackRows, ShiftMap
+from brittle.scores import lack_of_support, late_path, late_path_at_reference, late_probabilities, severity_scores
+from brittle.shift import probe_inputs
+from brittle.stages import Progress, Spend
+from brittle.suggest import regions, retrain_check
+from brittle.suggest.plan import plan, robustness
+
+
+def agreement(
+    c: Context, memory: Memory, shift: ShiftMap, observed: Observed, attacked: list[AttackRows]
+) -> tuple[list[Contest], Agreement]:
+    """Predicted against observed on sealed queries; kinds of failure are never pooled."""
+    sealed, first = c.split.sealed, len(c.split.predict)
+    right, ours = sealed.right, shift[first:]
+    support = lack_of_support(ours.mass, c.groups, c.subject.classes)
+    severity = observed[first:].severity(sealed.targets)
+    envelopes = [envelope(attacked, norm) for norm in NORMS]
+    generator = c.stages.generator("agreement")
+
+    def compute(tick: Progress, spend: Spend) -> dict[str, Any]:
+        under_probes = {name: score[right] for name, score in probe_scores(c, ours, support).items()}
+        held = [
+            natural_errors(c.subject, c.split.natural, natural_scores(c, memory, tick, spend)),
+            *probe_failures(c.subject, sealed[right], c.families, ours[right], under_probes, severity[right]),
+            *attack_distances(c.subject, sealed[right], envelopes, ours[right], support[right]),
+        ]
+        settled = []
+        for contest in held:
+            settled.append(settle(contest, generator))
+            tick(len(settled), len(held))
+        return {"contests": held, "agreement": overall(settled, len(c.split.natural)).model_dump()}
+
+    found = c.stages("agreement", "comparing predictions with outcomes", compute)
+    return found["contests"], Agreement.model_validate(found["agreement"])
+
+
+def natural_scores(c: Context, memory: Memory, tick: Progress, spend: Spend) -> dict[str, Tensor]:
+    """Our scores of natural errors, the named one first."""
+    queries = c.split.natural
+    masses = mass(memory, c.subject, queries.inputs, queries.pairs, c.device, tick)[:, : len(c.groups)]
+    spend(len(queries) * memory.evaluations)
+    support = {"lack of support": lack_of_support(masses, c.groups, c.subject.classes)}
+    if c.path is None:
+        return support
+    late = late_probabilities(c.path, c.subject, queries.inputs, c.device)
+    return {"late path": late_path(late, queries.pairs)} | support
+
+
+def probe_scores(c: Context, shift: ShiftMap, support: Tensor) -> dict[str, Tensor]:
+    """Our scores of failure under each family, each (M, F), the named one first."""
+    severity = torch.stack(list(severity_scores(shift).values()), dim=1)
+    scores = {"predicted severity": severity, "lack of support": support[:, None].expand_as(severity)}
+    if c.path is None:
+        return scores
+    sealed, draws, path, share = c.split.sealed, c.sealed_draws(), c.path, MAP_SHARES[-1]
+    late = lambda inputs: late_path(late_probabilities(path, c.subject, inputs, c.device), sealed.pairs)  # noqa: E731
+    clean = late(sealed.inputs)
+    probes = [probe_inputs(sealed.inputs, family, draws[family.name], (share,))[:, 0] for family in c.families]
+    carried = torch.stack([late_path_at_reference(clean, late(probe), share) for probe in probes], dim=1)
+    return {"late path at the reference": carried} | scores
+
+
+def suggestions(c: Context, holes: list[Hole], regions_of: list[Region], failures: int) -> Suggestions:
+    """Regions that lack data, examples of the pool that would fill them, and what retraining says of it."""
+    lacking = regions(holes, c.families, failures)
+    if c.subject.pool is None:
+        return Suggestions(regions=lacking, examples=[], note="No pool was given, so no examples are suggested.")
+    generator = c.stages.generator("suggest")
+    chosen = c.stages(
+        "suggest",
+        "choosing examples",
+        lambda tick, _: [s.model_dump() for s in plan(c.subject, c.split.predict, regions_of, generator, c.device)],
+    )
+    examples = [ExampleSuggestion.model_validate(s) for s in chosen]
+    if c.subject.retrain is None:
+        note = "The subject cannot be retrained (no `retrain`), so these suggestions are not checked."
+        return Suggestions(regions=lacking, examples=examples, note=note)
+    ids = torch.tensor([e.pool_id for e in examples])
+    draws = c.stages.generator("suggest/check")
+    score = robustness(c.subject, c.split.sealed, c.families, c.sealed_draws())
+    check = c.stages(
+        "suggest/check",
+        "retraining with suggested and with random examples",
+        lambda tick, _: retrain_check(
+            c.subject, ids, seeds=c.effort.retrainings, score=score, generator=draws, progress=tick
+        ).model_dump(),
+    )
+    return Suggestions(regions=lacking, examples=examples, check=RetrainCheck.model_validate(check))

@@ -1,0 +1,65 @@
+"""The stages that predict: memory, its fidelity, the shift map, holes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from brittle import accounts
+from brittle.agreement import calibrate
+from brittle.assemble import hole_families
+from brittle.findings import MemoryFidelity
+from brittle.holes import Region, find_holes, leak_of
+from brittle.kernel.memory import Memory, mass
+from brittle.outcomes import Observed
+from brittle.pipeline.context import Context
+from brittle.records import Pairs, ShiftMap
+from brittle.shift import shift_map
+from brittle.stages import Progress, Spend
+
+
+def memory(c: Context) -> Memory:
+    e = c.effort
+    return c.stages(
+        "memory",
+        "building the group memory",
+        lambda tick, _: accounts.build_memory(c.subject, c.path, c.groups, e.segments, e.nodes, c.device, tick),
+    )
+
+
+def memory_fidelity(c: Context, memory: Memory) -> MemoryFidelity | None:
+    path = c.path
+    if path is None:
+        return None
+    generator = c.stages.generator("fidelity")
+    found = c.stages(
+        "memory/fidelity",
+        "checking the memory against a finer account",
+        lambda tick, _: accounts.memory_fidelity(
+            c.subject, path, memory, c.groups, c.split.both, c.families, c.draws, generator, c.device, tick
+        ).model_dump(),
+    )
+    return MemoryFidelity.model_validate(found)
+
+
+def shift(c: Context, memory: Memory) -> ShiftMap:
+    queries = c.split.both
+
+    def compute(tick: Progress, spend: Spend) -> ShiftMap:
+        def mass_of(inputs: Tensor, pairs: Pairs) -> Tensor:
+            spend(len(inputs) * memory.evaluations)
+            return mass(memory, c.subject, inputs, pairs, c.device, tick)[:, : len(c.groups)]
+
+        return shift_map(c.subject, queries, c.families, c.draws, mass_of)
+
+    return c.stages("shift", "mapping the shift", compute)
+
+
+def holes(c: Context, shift: ShiftMap, observed: Observed) -> list[Region]:
+    """Holes from the predicting queries alone: their shift, their labels and their outcomes."""
+    predict = c.split.predict
+    families = hole_families(c.families)
+    leak = leak_of(shift[: len(predict)], c.groups)
+    failed = observed[: len(predict)].failed(predict.targets)[predict.right][:, families]
+    share = leak.share[predict.right][:, families]
+    rate = calibrate(-share.flatten().log(), failed.flatten())
+    return find_holes(leak, families, lambda shares: rate(-shares.log()))

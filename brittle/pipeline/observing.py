@@ -1,0 +1,69 @@
+"""The stages that observe and explain: attacks, the worst flips, the ledger."""
+
+from __future__ import annotations
+
+import torch
+
+from brittle import accounts
+from brittle.attacks import suite
+from brittle.attacks.envelope import envelope
+from brittle.flips import Flips, worst_flips
+from brittle.kernel.memory import Memory, differentiable_mass
+from brittle.mass import class_groups
+from brittle.outcomes import Observed
+from brittle.pipeline.context import NORMS, Context
+from brittle.records import AttackRows, Pairs
+from brittle.stages import Progress, Spend
+
+
+def attacks(c: Context, memory: Memory) -> list[AttackRows]:
+    sealed = c.split.sealed
+    right = sealed[sealed.right]
+    by_class = class_groups(c.subject)
+    route = memory.by_class(c.groups, c.subject.classes).merged(c.effort.route)
+    generator = c.stages.generator("attacks")
+
+    def compute(tick: Progress, spend: Spend) -> list[AttackRows]:
+        rows = suite.run(
+            c.subject,
+            right,
+            mass=differentiable_mass(route, c.subject, c.device),
+            mass_evaluations=route.evaluations,
+            groups=by_class,
+            generator=generator,
+            preset=c.preset,
+            norms=NORMS,
+            progress=tick,
+        )
+        spend(sum(int(r.evaluations.sum()) for r in rows))
+        return rows
+
+    return c.stages("attacks", "attacking", compute)
+
+
+def flips(c: Context, observed: Observed, attacked: list[AttackRows]) -> Flips:
+    sealed = c.split.sealed
+    envelopes = [envelope(attacked, norm) for norm in NORMS]
+    return worst_flips(
+        sealed,
+        sealed.right.nonzero()[:, 0],
+        envelopes,
+        observed[len(c.split.predict) :],
+        c.families,
+        c.sealed_draws(),
+    )
+
+
+def account(c: Context, flips: Flips) -> accounts.Account:
+    """One sweep: the predicting queries, then every flip before and after."""
+    predict = c.split.predict
+    ids = torch.cat([predict.ids, *[c.split.sealed.ids[flips.rows]] * 2])
+    inputs = torch.cat([predict.inputs, flips.before, flips.after])
+    pairs = Pairs.join(predict.pairs, flips.pairs, flips.pairs)
+
+    def compute(tick: Progress, spend: Spend) -> accounts.Account:
+        found = accounts.account(c.subject, c.path, ids, inputs, pairs, c.device, tick)
+        spend(found.evaluations)
+        return found
+
+    return c.stages("ledger", "balancing the ledger", compute)
