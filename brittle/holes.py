@@ -26,6 +26,8 @@ from brittle.shift import Flow, flow, gone_at
 
 MOST = 15
 LEAST_SUPPORT = 3
+SMALL = 6
+"""Members below which flows from one class are taken together, whatever class they go to."""
 OVERLAP = 0.5
 """Jaccard overlap of members from which two holes are one."""
 
@@ -67,7 +69,7 @@ class Region:
 
 def leak_of(shift: ShiftMap, groups: Groups) -> Leak:
     """Where the mass of each query flows under each family."""
-    found: Flow = flow(shift)
+    found: Flow = flow(shift, groups)
     return Leak(
         share=gone_at(shift) / shift.reference,
         from_class=groups.classes[found.leaving],
@@ -90,7 +92,8 @@ def find_holes(leak: Leak, families: Sequence[int], rate: Callable[[Tensor], Ten
     fails = leak.share[:, columns] <= 1  # shape: (M, F')
     keys = torch.stack([leak.from_class[:, columns], leak.to_class[:, columns]], dim=-1)[fails]
     flows = [tuple(f) for f in keys.unique(dim=0).tolist()] if len(keys) else []
-    groups_of_flows = _merge_overlapping([((f,), _inside(leak, [f], families)) for f in flows])
+    members = {f: _inside(leak, [f], families) for f in flows}
+    groups_of_flows = _merge_overlapping([(joined, _inside(leak, joined, families)) for joined in _pool_small(members)])
     found = [_region(leak, flows, families, rate) for flows in groups_of_flows]
     kept = [r for r in found if r.support >= LEAST_SUPPORT]
     return sorted(kept, key=lambda r: r.predicted_rate * r.support, reverse=True)[:most]
@@ -118,6 +121,16 @@ def _shares(leak: Leak, flows: Sequence[tuple[int, int]], families: Sequence[int
     for start, end in flows:
         along |= (a == start) & (b == end)
     return torch.where(along, leak.share[:, columns], torch.inf)
+
+
+def _pool_small(members: dict[tuple[int, int], Tensor]) -> list[tuple[tuple[int, int], ...]]:
+    """Flows with few members are joined by the class that they leave, the largest first."""
+    size = {f: int(rows.sum()) for f, rows in members.items()}
+    pooled: dict[int, list[tuple[int, int]]] = {}
+    for f in sorted(members, key=lambda f: -size[f]):
+        if size[f] < SMALL:
+            pooled.setdefault(f[0], []).append(f)
+    return [(f,) for f in members if size[f] >= SMALL] + [tuple(flows) for flows in pooled.values()]
 
 
 def _merge_overlapping(

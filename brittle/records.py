@@ -43,6 +43,11 @@ class Pairs:
         pick = lambda column: logits.gather(1, column.to(logits.device)[:, None])[:, 0]  # noqa: E731
         return pick(self.predicted) - pick(self.rival)
 
+    def lead(self, logits: Tensor) -> Tensor:
+        """Predicted class's logit minus the best other one: below 0 where the prediction has flipped. -> (M,)."""
+        own = self.predicted.to(logits.device)[:, None]
+        return logits.gather(1, own)[:, 0] - logits.scatter(1, own, -torch.inf).amax(1)
+
     @classmethod
     def join(cls, *parts: Pairs) -> Pairs:
         """The pairs of several sets of queries, one after the other."""
@@ -141,7 +146,8 @@ class ShiftMap:
     """Mass by group at M queries and at their probes: what leaves and what arrives.
 
     `families` names F probe families; severity k of family f is `severities[f, k]` in the family's unit,
-    and `reference[f]` is the severity at which failure is predicted.
+    and `reference[f]` is the severity at which failure is predicted. The margin is that of the fixed pair, which
+    the mass accounts for; the lead is over the best other class at the probe, and flips with the prediction.
     """
 
     families: tuple[str, ...]
@@ -150,12 +156,14 @@ class ShiftMap:
     reference: Tensor  # shape: (F,)
     mass: Tensor  # shape: (M, G), at the clean query
     probed: Tensor  # shape: (M, F, K, G), at its probes
-    margin: Tensor  # shape: (M,), output at the clean query
+    rival: Tensor  # shape: (M,) int64, the other class of the fixed pair
+    margin: Tensor  # shape: (M,), output at the clean query, where it is the lead as well
     probed_margin: Tensor  # shape: (M, F, K)
+    probed_lead: Tensor  # shape: (M, F, K)
 
     def __getitem__(self, rows: Tensor | slice) -> ShiftMap:
         """The map of some of the queries."""
-        fields = ("mass", "probed", "margin", "probed_margin")
+        fields = ("mass", "probed", "rival", "margin", "probed_margin", "probed_lead")
         return replace(self, **{name: getattr(self, name)[rows] for name in fields})
 
     @property

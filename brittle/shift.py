@@ -5,7 +5,7 @@ For a query x and its probe x_s of severity s, with the output pair fixed at the
     shift_g(s) = mass_g(x_s) - mass_g(x),        margin(x_s) - margin(x) ~ sum_g shift_g(s) + what decay did,
 
 so the loss of margin is laid at the door of the groups that cause it. Of a group that holds the prediction up we
-say that mass *leaves*; of one that speaks for the rival, that mass *arrives* there. The map looks at small
+say that mass *leaves*; of one of the rival's class, that mass *arrives* there. The map looks at small
 severities only (`probes.MAP_SHARES`); where the margin will be gone is extrapolated.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from brittle.probes import MAP_SHARES, Family
-from brittle.records import Pairs, Queries, ShiftMap
+from brittle.records import Groups, Pairs, Queries, ShiftMap
 from brittle.subject import Subject
 
 MassMap = Callable[[Tensor, Pairs], Tensor]
@@ -30,7 +30,7 @@ class Flow:
     """The two groups between which the mass of a query flows under a family."""
 
     leaving: Tensor  # shape: (M, F) group whose mass held the prediction up and falls most
-    arriving: Tensor  # shape: (M, F) group that speaks for the rival and gains most
+    arriving: Tensor  # shape: (M, F) group of the rival class that turns most against it
     lost: Tensor  # shape: (M, F) logits per unit of severity, at least 0
     gained: Tensor  # shape: (M, F)
 
@@ -63,7 +63,8 @@ def shift_map(
     flat = torch.cat([queries.inputs, probes.flatten(0, 2)])  # shape: (M + M F K, *input)
     pairs = Pairs.join(queries.pairs, queries.pairs.repeat_interleave(f * k))
     masses = mass(flat, pairs)
-    margins = pairs.margin(subject.predict(flat))
+    logits = subject.predict(flat).double()
+    margin, lead = pairs.margin(logits), pairs.lead(logits)
     reference = torch.tensor([fam.reference for fam in families], dtype=torch.float64)
     return ShiftMap(
         families=tuple(fam.name for fam in families),
@@ -72,25 +73,33 @@ def shift_map(
         reference=reference,
         mass=masses[:m],
         probed=masses[m:].reshape(m, f, k, -1),
-        margin=margins[:m].double(),
-        probed_margin=margins[m:].reshape(m, f, k).double(),
+        rival=queries.pairs.rival,
+        margin=margin[:m],
+        probed_margin=margin[m:].reshape(m, f, k),
+        probed_lead=lead[m:].reshape(m, f, k),
     )
 
 
-def flow(shift: ShiftMap) -> Flow:
-    """Who leaves and who arrives, per query and family, at the larger of the map's severities."""
+def flow(shift: ShiftMap, groups: Groups) -> Flow:
+    """Who leaves and who arrives, per query and family, at the larger of the map's severities.
+
+    Leaving is the group that falls most among those that hold the prediction up; arriving is the group of the rival
+    class that turns most against it. (The group that gains most of all classes names the class that takes over no
+    better than chance, the rival in three cases of five: mass of third classes cancels.)
+    """
     moved = shift.shift[:, :, -1] / shift.severities[None, :, -1, None]  # shape: (M, F, G), logits per unit
     holding = (shift.mass > 0)[:, None, :].expand_as(moved)
+    rivals = (groups.classes == shift.rival[:, None])[:, None, :].expand_as(moved)
     lost, leaving = torch.where(holding, -moved, -torch.inf).max(-1)
-    gained, arriving = torch.where(holding, -torch.inf, -moved).max(-1)
+    gained, arriving = torch.where(rivals, -moved, -torch.inf).max(-1)
     return Flow(leaving, arriving, lost.clamp_min(0), gained.clamp_min(0))
 
 
 def gone_at(shift: ShiftMap) -> Tensor:
-    """Severity at which the margin is predicted to be gone, (M, F) in each family's unit; infinite where never.
+    """Severity at which the prediction is predicted to flip, (M, F) in each family's unit; infinite where never.
 
-    The straight line through the margins at severity 0 and at the larger severity of the map, followed to 0. A
+    The straight line through the leads at severity 0 and at the larger severity of the map, followed to 0. A
     parabola through both severities ranked failures worse: its bend is mostly noise.
     """
-    slope = (shift.probed_margin[:, :, -1] - shift.margin[:, None]) / shift.severities[:, -1]
+    slope = (shift.probed_lead[:, :, -1] - shift.margin[:, None]) / shift.severities[:, -1]
     return torch.where(slope < 0, shift.margin[:, None] / -slope, torch.inf)

@@ -168,7 +168,18 @@ class TestBaselines:
         severities = reference[:, None] * torch.tensor([0.125, 0.25], dtype=torch.float64)
         probed = margin[:, None, None] - slope[:, :, None] * severities
         nothing = torch.zeros(7, 2, 2, 1)
-        shift = ShiftMap(("a", "b"), ("", ""), severities, reference, nothing[:, 0, 0], nothing, margin, probed)
+        shift = ShiftMap(
+            families=("a", "b"),
+            units=("", ""),
+            severities=severities,
+            reference=reference,
+            mass=nothing[:, 0, 0],
+            probed=nothing,
+            rival=torch.zeros(7, dtype=torch.int64),
+            margin=margin,
+            probed_margin=torch.full_like(probed, torch.nan),
+            probed_lead=probed,
+        )
         expected = slope * reference - margin[:, None]
         torch.testing.assert_close(extrapolated_margin(shift), expected)
 

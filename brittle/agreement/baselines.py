@@ -100,7 +100,7 @@ def first_order_distance(
 
 
 def extrapolated_margin(shift: ShiftMap) -> Tensor:
-    """Minus the margin that a straight line predicts at each family's reference; higher means brittler.
+    """Minus the lead over the best other class that a straight line predicts at each family's reference.
 
     Of the lines and parabolas through the map's severities, the line through the largest ranked failures best on
     25 of 27 pairs of small CNN and family (digits, Fashion-MNIST, MNIST).
@@ -110,7 +110,7 @@ def extrapolated_margin(shift: ShiftMap) -> Tensor:
     """
     factor = (shift.reference / shift.severities[:, -1]).double()  # shape: (F,)
     clean = shift.margin.double()[:, None]
-    return -(clean + (shift.probed_margin[:, :, -1] - clean) * factor)
+    return -(clean + (shift.probed_lead[:, :, -1].double() - clean) * factor)
 
 
 def trust_score(

@@ -39,7 +39,7 @@ def prediction(e: Evidence) -> Prediction:
 
 def flows(e: Evidence) -> list[Flow]:
     """The commonest flows of mass between classes among queries predicted to fail, most frequent first."""
-    leak, moved, names = leak_of(e.shift, e.groups), flow(e.shift), e.subject.class_names
+    leak, moved, names = leak_of(e.shift, e.groups), flow(e.shift, e.groups), e.subject.class_names
     found = []
     for f, family in enumerate(e.families):
         fails = leak.share[:, f] <= 1

@@ -13,6 +13,8 @@ from brittle.findings import Estimate, Hole
 from brittle.holes import Leak, Region, leak_of, membership
 from brittle.probes import Family
 
+NAMED_ENDS = 3
+
 
 def hole_families(families: Sequence[Family]) -> list[int]:
     """The families that holes are made of: ordinary perturbations, or directions where there are no others."""
@@ -37,6 +39,7 @@ def holes_of_queries(e: Evidence) -> list[list[int]]:
 def _hole(e: Evidence, number: int, region: Region, leak: Leak, failed: Tensor, right: Tensor) -> Hole:
     names, ids = e.subject.class_names, e.split.predict.ids
     start, end = region.flows[0]
+    ends = " or ".join(dict.fromkeys(names[b] for _, b in region.flows[:NAMED_ENDS]))
     opened = [e.families[f].name for f in region.families]
     inside, family_of = membership(region, leak)
     inside = inside & right
@@ -45,7 +48,7 @@ def _hole(e: Evidence, number: int, region: Region, leak: Leak, failed: Tensor, 
     base = rates[family_of[inside]].mean().item() if inside.any() else rates[list(region.families)].mean().item()
     return Hole(
         id=number,
-        title=f"{names[start]} gives way to {names[end]} under {' and '.join(opened[:2])}",
+        title=f"{names[start]} gives way to {ends} under {' and '.join(opened[:2])}",
         families=opened,
         from_class=names[start],
         to_class=names[end],
