@@ -1,0 +1,211 @@
+"""Auto-PGD: projected gradient ascent within a fixed distance that finds its own step size.
+
+With P the projection on the ball of radius epsilon within the bounds, s the steepest direction of the loss f and
+a = 3/4 (1 in the first step),
+
+    z       = P(x_k + eta s(x_k)),
+    x_{k+1} = P(x_k + a (z - x_k) + (1 - a) (x_k - x_{k-1})),           eta = 2 epsilon at first.
+
+At checkpoints ceil(p_j steps), p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06), eta is halved
+and the search goes on from the best point so far, wherever either
+
+    1. f rose in fewer than 3/4 of the steps since the last checkpoint, or
+    2. neither eta changed at the last checkpoint nor the best f since.
+
+Every input has its own eta and its own best point.
+
+Source: Croce, Hein 2020, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+attacks" (arXiv 2003.01690), section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from brittle.attacks.geometry import into_ball, spread, steepest
+from brittle.attacks.losses import LOSSES
+from brittle.attacks.problem import Problem
+from brittle.attacks.search import Search
+from brittle.records import AttackRows
+
+INERTIA = 0.75
+"""The weight a of the new step against the last one's continuation."""
+
+RISING = 0.75
+"""Share of steps in which the loss must rise for eta to stay."""
+
+
+@dataclass(frozen=True)
+class Climb:
+    """One run of Auto-PGD."""
+
+    loss: Literal["ce", "dlr"]
+    steps: int
+    early: bool = False
+    """Leave an input at its first success."""
+
+
+def auto_pgd(
+    problem: Problem,
+    epsilon: float,
+    *,
+    generator: torch.Generator,
+    steps: int = 100,
+    loss: Literal["ce", "dlr"] = "ce",
+) -> AttackRows:
+    """Raise the loss as far as it goes within distance `epsilon`, from a random point there.
+
+    Of the successes the one with the largest margin is returned. Cost: `steps` evaluations an input.
+    """
+    search = Search(problem, keep="surest")
+    radius = problem.inputs.new_full((len(problem),), epsilon)
+    noise = torch.randn(problem.inputs.shape, generator=generator).to(problem.inputs)
+    start = problem.inputs + epsilon * steepest(noise, problem.norm)
+    rows = torch.arange(len(problem), device=radius.device)
+    climb(problem, search, Climb(loss, steps), start, radius, rows, generator)
+    return search.rows(f"APGD-{loss.upper()}", "fixed", epsilon)
+
+
+def climb(
+    problem: Problem,
+    search: Search,
+    how: Climb,
+    start: Tensor,
+    radius: Tensor,
+    rows: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """Run Auto-PGD on some inputs, each within its own distance; the search keeps what is met on the way.
+
+    Args:
+        problem: what is climbed: that of the search, or the same aimed at other targets.
+        start: (B, *input), drawn into the balls first.
+        radius: (B,) epsilon of each input.
+        rows: (B',) the inputs that climb.
+
+    Returns:
+        Each climbing input's point of largest loss in place of its start, (B, *input).
+
+    Cost: `how.steps` evaluations an input, fewer where it leaves early.
+    """
+    tops, halving = start.clone(), checkpoints(how.steps)
+    state = _State.at(problem[rows], start[rows], radius[rows], rows)
+    for k in range(how.steps):
+        part = problem[state.rows]
+        points = state.points if k == 0 else _move(part, state, 1.0 if k == 1 else INERTIA, generator)
+        logits, loss, gradient = search.gradient(points, partial(_loss, part, how.loss), state.rows)
+        state = _arrive(state, points, loss, gradient)
+        if k in halving:
+            state = _halve(state, k - max([c for c in halving if c < k], default=0))
+        tops[state.rows] = state.top
+        if how.early:
+            state = state[~search.problem[state.rows].fooled(logits)]
+            if not len(state.rows):
+                break
+    return tops
+
+
+def checkpoints(steps: int) -> list[int]:
+    """The steps after which eta is looked at."""
+    shares = [0.0, 0.22]
+    while shares[-1] < 1:
+        shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
+    return sorted({math.ceil(share * steps) for share in shares[1:] if share < 1})
+
+
+def _loss(problem: Problem, loss: str, logits: Tensor) -> Tensor:
+    return LOSSES[loss](logits, problem.labels, problem.targets)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Where the climb of each input that is still in it stands."""
+
+    rows: Tensor  # shape: (B',) positions in the search
+    radius: Tensor  # shape: (B',)
+    points: Tensor  # shape: (B', *input) x_k
+    last: Tensor  # shape: (B', *input) x_{k-1}
+    loss: Tensor  # shape: (B',) at x_k
+    gradient: Tensor  # shape: (B', *input) at x_k
+    top: Tensor  # shape: (B', *input) the best point
+    top_loss: Tensor  # shape: (B',)
+    top_gradient: Tensor  # shape: (B', *input)
+    eta: Tensor  # shape: (B',)
+    rises: Tensor  # shape: (B',) since the last checkpoint
+    halved: Tensor  # shape: (B',) bool, at the last checkpoint
+    mark: Tensor  # shape: (B',) the best loss at the last checkpoint
+
+    @classmethod
+    def at(cls, problem: Problem, start: Tensor, radius: Tensor, rows: Tensor) -> _State:
+        start = into_ball(start, problem.inputs, radius, problem.bounds, problem.norm)
+        nothing = torch.full_like(radius, -torch.inf)
+        return cls(
+            rows=rows,
+            radius=radius,
+            points=start,
+            last=start,
+            loss=nothing,
+            gradient=torch.zeros_like(start),
+            top=start,
+            top_loss=nothing,
+            top_gradient=torch.zeros_like(start),
+            eta=2 * radius,
+            rises=torch.zeros_like(radius),
+            halved=torch.ones_like(radius, dtype=torch.bool),
+            mark=nothing,
+        )
+
+    def __getitem__(self, rows: Tensor) -> _State:
+        return _State(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+def _move(problem: Problem, state: _State, inertia: float, generator: torch.Generator) -> Tensor:
+    """x_{k+1}."""
+    project = lambda points: into_ball(points, problem.inputs, state.radius, problem.bounds, problem.norm)  # noqa: E731
+    way = steepest(state.gradient, problem.norm, generator)
+    z = project(state.points + spread(state.eta, way) * way)
+    if inertia == 1:
+        return z
+    return project(state.points + inertia * (z - state.points) + (1 - inertia) * (state.points - state.last))
+
+
+def _arrive(state: _State, points: Tensor, loss: Tensor, gradient: Tensor) -> _State:
+    """The state at the new points."""
+    better = loss > state.top_loss
+    wide = spread(better, points)
+    return replace(
+        state,
+        points=points,
+        last=state.points,
+        loss=loss,
+        gradient=gradient,
+        top=torch.where(wide, points, state.top),
+        top_loss=torch.where(better, loss, state.top_loss),
+        top_gradient=torch.where(wide, gradient, state.top_gradient),
+        rises=state.rises + (loss > state.loss),
+    )
+
+
+def _halve(state: _State, window: int) -> _State:
+    """Halve eta and go back to the best point wherever the last `window` steps ask for it."""
+    oscillates = state.rises < RISING * window
+    stalls = ~state.halved & (state.top_loss <= state.mark)
+    halved = oscillates | stalls
+    wide = spread(halved, state.points)
+    return replace(
+        state,
+        points=torch.where(wide, state.top, state.points),
+        last=torch.where(wide, state.top, state.last),
+        loss=torch.where(halved, state.top_loss, state.loss),
+        gradient=torch.where(wide, state.top_gradient, state.gradient),
+        eta=torch.where(halved, state.eta / 2, state.eta),
+        rises=torch.zeros_like(state.rises),
+        halved=halved,
+        mark=state.top_loss,
+    )

@@ -1,0 +1,110 @@
+"""The hole-seeking attack: it reads from the mass map where a prediction gives way, goes there, and gets through.
+
+Minimal-norm, in L2 or Linf, untargeted or towards a target, in three stages:
+
+1. Route (`route`): at the clean input the map ranks the rivals by the distance at which the balance of mass tips,
+   and gives the direction in which each lies.
+2. Tracks (`descent`): the first starts towards the best-ranked rival and is free to end in any wrong class; each
+   further one aims at the best-ranked rival at which none has aimed or ended yet, from the radius already reached;
+   once there is none, at the best-ranked ones again, from random points.
+3. Line search between the input and the nearest success of all tracks.
+
+What counts is the order of the rivals: a descent from elsewhere ends in the same place as a rule, a descent to
+another rival does not. On a plain MNIST CNN (100 images, L2, 100 evaluations besides the map's) one free track came
+within 1.1 % of the best of four targeted ones; tracks to the map's rivals brought it 1.1 % nearer, tracks to random
+rivals 0.0 %. Without a map the margin's own gradient ranks the rivals.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from brittle.attacks.descent import Descent, descend
+from brittle.attacks.geometry import spread, steepest
+from brittle.attacks.problem import Problem
+from brittle.attacks.route import Bearing, Guide, Route, random_bearing, take_bearing, trace
+from brittle.attacks.search import Search
+from brittle.records import AttackRows
+
+NAME = "hole-seeking"
+
+START = 0.5
+"""Where a track starts, as a share of the predicted distance towards its rival."""
+
+LINE_SEARCH = 6
+"""Halvings at the end."""
+
+
+def seek_holes(
+    problem: Problem,
+    guide: Guide | Literal["gradient", "random"] = "gradient",
+    *,
+    generator: torch.Generator,
+    steps: int = 100,
+    tracks: int = 3,
+    candidates: int = 5,
+    traced: bool = True,
+    how: Descent | None = None,
+) -> tuple[AttackRows, Route | None]:
+    """Find the nearest misclassified input to each input, led by the mass map.
+
+    Args:
+        guide: the mass map; or what ranks the rivals without one: the margin's gradient, or chance.
+        steps: evaluations that an input spends on the model; what the guide costs is counted besides.
+        tracks: descents that share the steps, the first taking half.
+        candidates: K, how many rivals the guide is asked about.
+        traced: also read the mass at the end, for the route.
+
+    Returns:
+        The rows, and the route of each input where a mass map tells it (None otherwise).
+
+    Cost: `steps` + K `guide.evaluations` an input, and 2 `guide.evaluations` for the route.
+    """
+    how = how or Descent()
+    search = Search(problem)
+    clean = search.look(problem.inputs)
+    temperature = how.degrees(problem, clean)
+    bearing = _bearing(search, guide, clean, candidates, generator)
+    times = torch.zeros_like(bearing.rivals)  # shape: (B, K) tracks that aimed at a rival or ended there
+    for k, share in enumerate(_shares(steps - 1 - LINE_SEARCH, tracks)):
+        rank = times.argmin(1)  # the best-ranked of those tried least: argmin gives the first of equals
+        rival = bearing.rivals.gather(1, rank[:, None])[:, 0]
+        start = bearing.start(problem, rank, START)
+        again = spread(times.amin(1) > 0, start)
+        start = torch.where(again, _anywhere(problem, START * search.best, generator), start)
+        descend(problem.aimed(rival) if k else problem, search, start, temperature, how, share, generator)
+        times += bearing.rivals == (rival if k else search.classes)[:, None]
+    search.pull_in(LINE_SEARCH)
+    route = trace(search, guide) if traced and isinstance(guide, Guide) else None
+    return search.rows(NAME, "minimal"), route
+
+
+def _bearing(
+    search: Search,
+    guide: Guide | Literal["gradient", "random"],
+    clean: Tensor,
+    candidates: int,
+    generator: torch.Generator,
+) -> Bearing:
+    if guide == "random":
+        return random_bearing(search.problem, clean, candidates, generator)
+    leader = guide if isinstance(guide, Guide) else Guide.margin(search.problem)
+    return take_bearing(search, leader, clean, candidates, generator)
+
+
+def _shares(steps: int, tracks: int) -> list[int]:
+    """Steps of each track: half of them for the first, the rest in equal parts."""
+    if tracks == 1:
+        return [max(steps, 1)]
+    each = steps // (2 * (tracks - 1))
+    return [max(steps - each * (tracks - 1), 1), *[each] * (tracks - 1)]
+
+
+def _anywhere(problem: Problem, radius: Tensor, generator: torch.Generator) -> Tensor:
+    """A random point about `radius` (B,) away; the input itself where that is infinite."""
+    noise = torch.randn(problem.inputs.shape, generator=generator).to(problem.inputs)
+    reach = torch.where(radius.isfinite(), radius, 0.0)
+    return (problem.inputs + spread(reach, noise) * steepest(noise, problem.norm)).clamp(*problem.bounds)

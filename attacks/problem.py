@@ -1,0 +1,57 @@
+"""What every attack is given: inputs, what their model says, and what counts as success.
+
+An attack is a function of a `Problem`: find, near each input and within the bounds, one that is misclassified, or
+that is classified as the target where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from brittle.attacks.geometry import Bounds
+from brittle.attacks.losses import margin
+from brittle.records import Norm
+
+Logits = Callable[[Tensor], Tensor]
+"""Raw inputs (B, *input) -> logits (B, C), differentiable in the inputs, each row by itself."""
+
+Rows = Tensor | slice
+
+SLACK = 16
+"""A misclassification counts where it exceeds the largest logit's rounding error this many times."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs to be attacked in one norm; with `targets`, only the target class counts as success."""
+
+    logits: Logits
+    inputs: Tensor  # shape: (B, *input), within the bounds
+    labels: Tensor  # shape: (B,) int64, the class that is right
+    norm: Norm
+    bounds: Bounds
+    targets: Tensor | None = None  # shape: (B,) int64
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, rows: Rows) -> Problem:
+        targets = None if self.targets is None else self.targets[rows]
+        return replace(self, inputs=self.inputs[rows], labels=self.labels[rows], targets=targets)
+
+    def aimed(self, targets: Tensor) -> Problem:
+        """The same inputs with a target for each. targets: (B,) int64."""
+        return replace(self, targets=targets)
+
+    def margin(self, logits: Tensor) -> Tensor:
+        """Logits that are still between each input and success, (B,)."""
+        return margin(logits, self.labels, self.targets)
+
+    def fooled(self, logits: Tensor) -> Tensor:
+        """Success, by more than rounding could undo: (B,) bool. Never where a logit is not finite."""
+        doubt = SLACK * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
+        return logits.isfinite().all(1) & (self.margin(logits) < -doubt)

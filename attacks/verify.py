@@ -1,0 +1,41 @@
+"""No attack is believed: what it returned is measured and classified again.
+
+A row stands only if its adversarial lies within the bounds, within epsilon where there is one, and is misclassified
+by the audited model. Distances are those of the tensors returned, in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from brittle.attacks.geometry import distance, spread
+from brittle.records import AttackRows, Queries
+from brittle.subject import Subject
+
+ROUNDING = 1e-5
+"""How far beyond epsilon rounding may carry an adversarial, in units of epsilon and of the bounds' width each."""
+
+
+def verified(rows: AttackRows, subject: Subject, queries: Queries) -> AttackRows:
+    """The same rows with distance, success and new class found anew; what does not stand becomes a failure.
+
+    Cost: one forward pass an input, not counted among the attack's evaluations.
+    """
+    low, high = subject.bounds
+    flat = rows.adversarials.flatten(1)
+    stands = rows.success & flat.isfinite().all(1) & (flat >= low).all(1) & (flat <= high).all(1)
+    far = distance(queries.inputs, rows.adversarials, rows.norm)
+    if rows.epsilon is not None:
+        stands &= far <= rows.epsilon * (1 + ROUNDING) + ROUNDING * (high - low)
+    inputs = torch.where(spread(stands, rows.adversarials), rows.adversarials, queries.inputs)
+    classes = subject.predict(inputs).argmax(1)
+    stands &= classes != queries.targets
+    return replace(
+        rows,
+        adversarials=torch.where(spread(stands, inputs), inputs, queries.inputs),
+        distance=torch.where(stands, far, torch.inf),
+        success=stands,
+        new_class=torch.where(stands, classes, queries.pairs.predicted),
+    )
