@@ -8,10 +8,12 @@ gradient in the package has this layout. The user's own model is never touched.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,22 @@ def layout(model: nn.Module) -> tuple[Slot, ...]:
     return tuple(slots)
 
 
-@torch.no_grad()
 def state_of(model: nn.Module) -> Tensor:
     """The state vector of a model, a copy of shape (P,)."""
-    tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
+    return torch.cat([parameters_of(model), statistics_of(model)])
+
+
+@torch.no_grad()
+def parameters_of(model: nn.Module) -> Tensor:
+    """The parameters' part of the state, a copy."""
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+@torch.no_grad()
+def statistics_of(model: nn.Module) -> Tensor:
+    """The buffers' part of the state, a copy; empty where the model has none."""
+    nothing = next(model.parameters()).detach().new_zeros(0)
+    return torch.cat([nothing, *(b.detach().reshape(-1) for b in model.buffers() if b.is_floating_point())])
 
 
 class FlatModel:
@@ -75,6 +88,17 @@ class FlatModel:
     def eval(self) -> nn.Module:
         """The copy in evaluation mode, as predictions run."""
         return self.model.eval()
+
+    def gradient(self, scalar: Callable[[], Tensor]) -> Tensor:
+        """Gradient of a scalar of the copy with respect to the state, (P,), by plain autograd; 0 for buffers."""
+        parameters = [p.requires_grad_(True) for p in self.model.parameters()]
+        try:
+            found = torch.autograd.grad(scalar(), parameters, allow_unused=True)
+        finally:
+            for p in parameters:
+                p.requires_grad_(False)
+        parts = [(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(found, parameters, strict=True)]
+        return pad(torch.cat(parts), (0, len(self) - self.parameters))
 
     def _bind(self) -> None:
         for slot in self.slots:

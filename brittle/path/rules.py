@@ -3,10 +3,10 @@
 With the clipped gradient c_j g_j, L2 decay l_j and the buffer b_j, step j of every supported optimizer is
 
     b_j = beta_j b_{j-1} + gain_j (c_j g_j + l_j w_j)
-    D_j = - scale_j b_j - decoupled_j w_j                                       (plain)
-    D_j = - scale_j (c_j g_j + l_j w_j + beta_j b_j) - decoupled_j w_j          (Nesterov)
+    D_j = - scale_j (direct_j (c_j g_j + l_j w_j) + held_j b_j) - decoupled_j w_j
 
-For SGD `scale` is the learning rate and `gain` is 1 - dampening (1 in a buffer's first step, as in torch).
+where direct = 0, held = 1, and with Nesterov's momentum direct = 1, held = beta. For SGD `scale` is the learning
+rate and `gain` is 1 - dampening (1 in a buffer's first step, as in torch).
 For Adam and AdamW `gain` is 1 - beta1 and `scale` is the preconditioner, lr / (1 - beta1^t) / (sqrt(v / (1 -
 beta2^t)) + eps), one value a coordinate, taken as observed. L2 decay enters the gradient; decoupled decay
 (AdamW) is lr times weight decay and acts directly.
@@ -18,7 +18,7 @@ Kingma and Ba 2014 (arXiv 1412.6980); Loshchilov and Hutter 2017 (arXiv 1711.051
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,7 +55,8 @@ class StepRule:
     gain: Coefficient
     beta: Coefficient
     scale: Coefficient
-    nesterov: bool
+    direct: Coefficient
+    held: Coefficient
     l2: Coefficient
     decoupled: Coefficient
 
@@ -75,6 +76,10 @@ class Recipe:
     clip: float
     dtype: torch.dtype = torch.float32
 
+    def to(self, device: torch.device) -> Recipe:
+        """The same recipe with its coefficients on a device."""
+        return replace(self, owner=self.owner.to(device))
+
     def spread(self, values: Sequence[float], fill: float = 0.0) -> Coefficient:
         """One value a parameter group, laid out over the coordinates; `fill` where nothing moves."""
         if len(set(values)) == 1 and bool((self.owner >= 0).all()):
@@ -83,14 +88,22 @@ class Recipe:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> str:
-    """The name of a supported optimizer. Raises `UnsupportedError` that names what is not supported."""
+    """The name of a supported optimizer that has not begun. Raises `UnsupportedError` that names what is not."""
     name = type(optimizer).__name__
     if name not in SETTINGS or type(optimizer).__module__.split(".")[0] != "torch":
-        raise UnsupportedError(f"the optimizer must be one of torch's {', '.join(SETTINGS)}, found {name}")
+        raise UnsupportedError(
+            f"the optimizer must be one of torch's {', '.join(SETTINGS)}, found {name}; train with one of them, or "
+            "audit the trained model without a path"
+        )
     for group in optimizer.param_groups:
         for option in REFUSED:
             if group.get(option):
                 raise UnsupportedError(f"{name} with {option}=True cannot be accounted for; train with {option}=False")
+    if any(held for held in optimizer.state.values()):
+        raise UnsupportedError(
+            f"the path must begin with the optimizer's first step, this {name} holds buffers of earlier ones; make the "
+            "Recorder before the training, or begin with a fresh optimizer"
+        )
     return name
 
 
@@ -100,12 +113,14 @@ def step_rule(recipe: Recipe, second_moment: Tensor | None) -> StepRule:
     decay, lr = of("weight_decay"), recipe.lr
     if recipe.optimizer == "SGD":
         gain = [1.0 if recipe.step == 0 or s["momentum"] == 0 else 1 - s["dampening"] for s in recipe.settings]
+        nesterov = [bool(s["nesterov"]) for s in recipe.settings]
         return StepRule(
             clip=recipe.clip,
             gain=recipe.spread(gain),
             beta=recipe.spread(of("momentum")),
             scale=recipe.spread(lr),
-            nesterov=bool(recipe.settings[0]["nesterov"]),
+            direct=recipe.spread([float(n) for n in nesterov]),
+            held=recipe.spread([s["momentum"] if n else 1.0 for s, n in zip(recipe.settings, nesterov, strict=True)]),
             l2=recipe.spread(decay),
             decoupled=0.0,
         )
@@ -120,10 +135,21 @@ def step_rule(recipe: Recipe, second_moment: Tensor | None) -> StepRule:
         gain=recipe.spread([1 - b for b in beta1]),
         beta=recipe.spread(beta1),
         scale=rate / (root + recipe.spread(of("eps"), fill=1.0)),
-        nesterov=False,
+        direct=0.0,
+        held=1.0,
         l2=recipe.spread([0.0 if direct else d for d, direct in zip(decay, decoupled, strict=True)]),
         decoupled=recipe.spread([r * d if direct else 0.0 for r, d, direct in zip(lr, decay, decoupled, strict=True)]),
     )
+
+
+def check_settings(first: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a momentum that is switched on or off in mid-training: torch then begins or rests a buffer."""
+    for group, (old, new) in enumerate(zip(first, now, strict=True)):
+        if "momentum" in new and (old["momentum"] == 0) != (new["momentum"] == 0):
+            raise UnsupportedError(
+                f"momentum may not be switched on or off in mid-training, it goes from {old['momentum']:g} to "
+                f"{new['momentum']:g} in parameter group {group}; schedule it above 0, or keep it at 0"
+            )
 
 
 def second_moment_after(recipe: Recipe, before: Tensor, gradient: Tensor, weights: Tensor) -> Tensor:
@@ -140,11 +166,14 @@ def advance(rule: StepRule, buffer: Tensor, gradient: Tensor, decayed: Tensor | 
     group of examples, to which no decay is credited. Linear in (buffer, gradient, decayed): the
     displacements of the groups and of the decay add up to the step's.
     """
-    spent = rule.clip * gradient
+    spent = scaled(rule.clip, gradient)
     if decayed is not None:
         spent = spent + rule.l2 * decayed
-    buffer = rule.beta * buffer + rule.gain * spent
-    moved = -rule.scale * (spent + rule.beta * buffer if rule.nesterov else buffer)
+    buffer = scaled(rule.beta, buffer) + scaled(rule.gain, spent)
+    moved = scaled(rule.held, buffer)
+    if not absent(rule.direct):
+        moved = moved + rule.direct * spent
+    moved = -rule.scale * moved
     if decayed is not None:
         moved = moved - rule.decoupled * decayed
     return buffer, moved
@@ -157,7 +186,19 @@ def pull_back(rule: StepRule, later: Tensor, jacobian: Tensor) -> tuple[Tensor, 
     the output's gradient over this step. Returns (credit, earlier): a gradient g_j changed the output by
     -<credit, clip g_j + l2 w_j>, and `earlier` is the sensitivity to the previous step's buffer.
     """
-    direct = rule.scale * jacobian
-    held = later + (rule.beta * direct if rule.nesterov else direct)
-    credit = rule.gain * held + direct if rule.nesterov else rule.gain * held
-    return credit, rule.beta * held
+    pulled = scaled(rule.scale, jacobian)
+    buffer = later + scaled(rule.held, pulled)
+    credit = scaled(rule.gain, buffer)
+    if not absent(rule.direct):
+        credit = credit + rule.direct * pulled
+    return credit, scaled(rule.beta, buffer)
+
+
+def scaled(by: Coefficient, values: Tensor) -> Tensor:
+    """`by` times `values`, without a pass over them where that changes nothing."""
+    return values if isinstance(by, float) and by == 1 else by * values
+
+
+def absent(coefficient: Coefficient) -> bool:
+    """Whether a coefficient is zero everywhere."""
+    return isinstance(coefficient, float) and coefficient == 0

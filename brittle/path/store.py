@@ -2,7 +2,8 @@
 
     path.json                    the architecture, the optimizer, which group moves which parameter
     blocks/00000000.safetensors  a block: the states (and optimizer buffers) before some of its steps,
-                                 and for every step its examples, learning rates, settings and clipping
+                                 and for every step its examples, learning rates, settings and clipping;
+                                 the last block holds the final state alone
     end.json                     the number of steps; written by `close`, absent while training runs
 
 A crash loses the block that was being filled and nothing else. Between two stored states the steps are
@@ -52,6 +53,10 @@ class Snapshot:
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.state, *self.buffers.values()))
 
+    def to(self, device: torch.device) -> Snapshot:
+        """The same snapshot on a device."""
+        return Snapshot(self.step, self.state.to(device), {k: b.to(device) for k, b in self.buffers.items()})
+
 
 def write_header(root: Path, slots: Sequence[Slot], optimizer: str, owner: Sequence[int]) -> None:
     """Write path.json. owner: the parameter group of each slot, -1 where no optimizer moves it."""
@@ -66,31 +71,35 @@ def write_header(root: Path, slots: Sequence[Slot], optimizer: str, owner: Seque
 
 
 def write_block(root: Path, first: int, steps: Sequence[Step], snapshots: Sequence[Snapshot]) -> None:
-    """Write the steps from `first` on, and the snapshots taken before some of them."""
+    """Write the steps from `first` on, and the snapshots taken before some of them (none where they were thinned)."""
     arrays = {
         "ids": torch.cat([s.ids for s in steps]) if steps else torch.zeros(0, dtype=torch.int64),
         "counts": torch.tensor([len(s.ids) for s in steps], dtype=torch.int64),
         "lr": torch.tensor([s.lr for s in steps], dtype=torch.float64),
         "clip": torch.tensor([s.clip for s in steps], dtype=torch.float64),
         "at": torch.tensor([s.step for s in snapshots], dtype=torch.int64),
-        "state": torch.stack([s.state for s in snapshots]),
     }
-    for name in snapshots[0].buffers:
-        arrays[f"buffer.{name}"] = torch.stack([s.buffers[name] for s in snapshots])
+    if snapshots:
+        arrays["state"] = torch.stack([s.state for s in snapshots])
+        for name in snapshots[0].buffers:
+            arrays[f"buffer.{name}"] = torch.stack([s.buffers[name] for s in snapshots])
     changes = [(k, s.settings) for k, s in enumerate(steps) if k == 0 or s.settings != steps[k - 1].settings]
     write_arrays(_block(root, first), arrays, {"settings": json.dumps(changes)})
 
 
-def thin_blocks(root: Path, every: int) -> None:
-    """Keep only the snapshots before steps that are multiples of `every`, and each block's first."""
-    for file in sorted((root / "blocks").glob("*.safetensors")):
+def thin_blocks(root: Path, every: int) -> int:
+    """Keep only the snapshots before steps that are multiples of `every`; returns the bytes that are left."""
+    left = 0
+    for file in _blocks(root):
         arrays, notes = read_arrays(file), read_notes(file)
         keep = arrays["at"] % every == 0
-        keep[0] = True
-        for name in arrays:
-            if name in ("at", "state") or name.startswith("buffer."):
-                arrays[name] = arrays[name][keep]
-        write_arrays(file, arrays, notes)
+        stored = [name for name in arrays if _of_snapshots(name)]
+        for name in (*stored, "at"):
+            arrays[name] = arrays[name][keep]
+        if not keep.all():
+            write_arrays(file, arrays, notes)
+        left += sum(arrays[name].numel() * arrays[name].element_size() for name in stored)
+    return left
 
 
 def write_end(root: Path, steps: int) -> None:
@@ -104,7 +113,8 @@ def finished(root: Path) -> bool:
 
 
 class PathReader:
-    """A finished path: `steps` of them, `marks` the steps before which a state is stored (the last is `steps`).
+    """A finished path: `steps` of them, `marks` the steps before which a state is stored (the last is `steps`),
+    and `largest_id`, the largest position of a training example in any batch.
 
     Raises `DamagedFileError` where a file is missing, cut short or altered, and `PathMismatchError` where the
     path was never finished or is of another format.
@@ -112,18 +122,25 @@ class PathReader:
 
     def __init__(self, root: Path) -> None:
         if not (root / "path.json").exists():
-            raise PathMismatchError(f"path= must name a folder that a Recorder wrote, {root} has no path.json")
+            raise PathMismatchError(
+                f"path= must name a folder that a Recorder wrote, {root} has no path.json; correct it or leave it out"
+            )
         if not finished(root):
-            raise PathMismatchError(f"the path in {root} was not finished; let the training run to recorder.close()")
+            raise PathMismatchError(
+                f"the path in {root} must be finished, it has no end.json; let the training run to recorder.close()"
+            )
         self.root = root
         header = json.loads(read_bytes(root / "path.json"))
         if header["format"] != FORMAT:
-            raise PathMismatchError(f"the path in {root} has format {header['format']}, this version reads {FORMAT}")
+            raise PathMismatchError(
+                f"the path in {root} has format {header['format']}, this version reads {FORMAT}; record it again"
+            )
         self.optimizer: str = header["optimizer"]
         self.slots = [(name, tuple(shape), buffer) for name, shape, buffer in header["slots"]]
         self._owners: list[int] = header["owner"]
         self.steps: int = json.loads(read_bytes(root / "end.json"))["steps"]
         self._load = lru_cache(maxsize=2)(self._read_block)
+        self.largest_id = -1
         self.marks = self._find_marks()
 
     @cached_property
@@ -158,7 +175,7 @@ class PathReader:
 
     def _find_marks(self) -> list[int]:
         self._firsts, marks, reached = [], [], 0
-        for file in sorted((self.root / "blocks").glob("*.safetensors")):
+        for file in _blocks(self.root):
             first, block = int(file.stem), read_arrays(file)
             if first != reached:
                 raise DamagedFileError(
@@ -166,10 +183,15 @@ class PathReader:
                 )
             self._firsts.append(first)
             marks += block["at"].tolist()
-            self._dtype = block["state"].dtype
+            if len(block["at"]):
+                self._dtype = block["state"].dtype
+            self.largest_id = max([self.largest_id, *block["ids"].tolist()])
             reached = first + len(block["counts"])
-        if reached != self.steps or not marks or marks[-1] != self.steps:
-            raise DamagedFileError(f"{self.root} holds {reached} of {self.steps} steps; record the training again")
+        if reached != self.steps or marks[:1] != [0] or marks[-1] != self.steps:
+            raise DamagedFileError(
+                f"{self.root} must hold {self.steps} steps and the states at both ends, found {reached} steps; "
+                "record the training again"
+            )
         return sorted(set(marks))
 
     def _block_of(self, step: int) -> tuple[int, dict[str, Tensor]]:
@@ -185,6 +207,15 @@ class PathReader:
 
     def _settings(self, first: int, k: int) -> tuple[Mapping[str, Any], ...]:
         return tuple(next(s for at, s in reversed(self._changes(first)) if at <= k))
+
+
+def _of_snapshots(name: str) -> bool:
+    return name == "state" or name.startswith("buffer.")
+
+
+def _blocks(root: Path) -> list[Path]:
+    """The files of all blocks, in the order of their steps."""
+    return sorted((root / "blocks").glob("*.safetensors"))
 
 
 def _block(root: Path, first: int) -> Path:
