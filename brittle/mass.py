@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from brittle.data import Examples
-from brittle.kernel.gradients import units
+from brittle.kernel.layers import units
 from brittle.records import Groups
 from brittle.subject import Subject
 

@@ -2,39 +2,35 @@
 
 For a scalar L of a batch, row i's gradient is the part of dL/dw that passes through its own activations (the
 *row split*): the rows add up to dL/dw, with batch statistics included. For a linear layer it is the outer
-product of the row's output gradient and its input; for a convolution the same over unfolded positions; any
-other module that owns parameters is differentiated row by row. Nothing is kept but (B, P) numbers.
+product of the row's output gradient and its input, and so on (`layers`). Nothing is kept but (B, P) numbers.
 
 The row split differs from the gradient of each row's own loss term only where rows see each other (batch
-normalization in training mode).
+normalization in training mode). It takes the model apart at its modules, which it cannot see through: a weight that
+is used outside its module's own call, or a module whose first axis is not the batch. `check_rows` and `check_sum`
+hold the rows against plain autograd, so that such a model is refused by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from brittle.errors import UnsupportedError
+from brittle.kernel.layers import Call, units, weight_gradients
 from brittle.path.flat import FlatModel
 
 Scalar = Callable[[], Tensor]
 """Runs the flat model and returns the scalar whose gradient is wanted."""
 
+AGREEMENT = 1e-3
+"""Relative distance from plain autograd up to which a parameter's rows count as equal."""
 
-@dataclass
-class Call:
-    """One call of a module that owns parameters: what went in, and the gradient at what came out."""
-
-    name: str
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    upstream: Tensor | None = None  # shape: (B, *output)
+ROUNDING = 100
+"""Units in the last place below which the sum of a batch's row gradients is rounding."""
 
 
 def row_gradients(flat: FlatModel, scalar: Scalar, rows: int) -> Tensor:
@@ -51,20 +47,56 @@ def row_gradients(flat: FlatModel, scalar: Scalar, rows: int) -> Tensor:
     Raises:
         UnsupportedError: where a module with parameters mixes rows in a way that cannot be split.
     """
-    calls = _record(flat.model, scalar)
     out = flat.state.new_zeros(rows, len(flat))
     columns = {slot.name: slice(slot.start, slot.stop) for slot in flat.slots}
-    for call in calls:
-        if call.upstream is None:
-            continue
-        if call.upstream.shape[0] != rows:
+    for call in _record(flat.model, scalar):
+        if any(g.shape[:1] != (rows,) for g in call.upstream.values()):
+            found = next(tuple(g.shape) for g in call.upstream.values() if g.shape[:1] != (rows,))
             raise UnsupportedError(
-                f"every module with parameters must keep one row an example: {call.name or 'the model'} returned "
-                f"{call.upstream.shape[0]} rows for {rows} inputs"
+                f"every module with parameters must return one row an example, {call} returned shape {found} for "
+                f"{rows} inputs; keep the batch as the first axis of what goes in and out of it"
             )
-        for leaf, gradient in _rule_for(call.module)(call).items():
-            out[:, columns[f"{call.name}.{leaf}" if call.name else leaf]] += gradient.reshape(rows, -1)
+        if call.upstream:
+            for leaf, gradient in weight_gradients(call).items():
+                out[:, columns[call.column(leaf)]] += gradient.reshape(rows, -1)
     return out
+
+
+def without_rounding(rows: Tensor) -> Tensor:
+    """Row gradients (B, P) with 0 where they cancel to rounding: there the batch has no gradient to share out.
+
+    So it is with a bias before batch normalization, which takes the mean away. Left alone, the rows' large and
+    opposite shares would be blown up by Adam, whose preconditioner is as small as their sum.
+    """
+    rounding = ROUNDING * torch.finfo(rows.dtype).eps * rows.abs().sum(0)
+    return rows * (rows.sum(0).abs() > rounding)
+
+
+def check_rows(flat: FlatModel, values: Scalar) -> None:
+    """Hold the row gradients of `values()` (B,), each a function of its own row, against plain autograd.
+
+    Raises `UnsupportedError` that names the first parameter that differs.
+    """
+    count = len(values())
+    rows = row_gradients(flat, lambda: values().sum(), count)
+    plain = [flat.gradient(lambda row=row: values()[row]) for row in range(count)]  # type: ignore[misc]
+    _compare(flat, rows, torch.stack(plain))
+
+
+def check_sum(flat: FlatModel, rows: Tensor, whole: Tensor) -> None:
+    """Hold the sum of row gradients (B, P) against the batch's gradient (P,). Raises `UnsupportedError`."""
+    _compare(flat, rows.sum(0, keepdim=True), whole[None])
+
+
+def _compare(flat: FlatModel, found: Tensor, expected: Tensor) -> None:
+    total = expected[:, : flat.parameters].norm()
+    for slot in flat.slots:
+        off, size = ((t[:, slot.start : slot.stop]).norm() for t in (found - expected, expected))
+        if not slot.buffer and not off <= AGREEMENT * size + AGREEMENT**2 * total:
+            raise UnsupportedError(
+                f"gradients must split by examples, those of {slot.name} do not add up to plain autograd's; use the "
+                "weight only inside its own module's forward, and keep the batch as the first axis"
+            )
 
 
 def _record(model: nn.Module, scalar: Scalar) -> list[Call]:
@@ -73,13 +105,11 @@ def _record(model: nn.Module, scalar: Scalar) -> list[Call]:
 
     def forward_hook(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            first = output[0] if isinstance(output, tuple) else output
-            call = Call(name, module, args, kwargs)
-            calls.append(call)
-            if not first.requires_grad:  # the weights ask for no gradient: the first module begins the graph
-                first = first.detach().requires_grad_(True).clone()
-            first.register_hook(lambda g: setattr(call, "upstream", g.detach()))
-            return (first, *output[1:]) if isinstance(output, tuple) else first
+            if not torch.is_grad_enabled():  # a trunk that the model itself keeps from learning
+                return output
+            calls.append(Call(name, module, args, kwargs))
+            leaves, spec = pytree.tree_flatten(output)
+            return pytree.tree_unflatten([_watched(leaf, calls[-1], k) for k, leaf in enumerate(leaves)], spec)
 
         return hook
 
@@ -93,110 +123,11 @@ def _record(model: nn.Module, scalar: Scalar) -> list[Call]:
     return calls
 
 
-def units(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules that own parameters themselves; one inside another such module belongs to that one's call."""
-    found: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention) or next(module.parameters(recurse=False), None) is not None:
-            found.append((name, module))
-    whole = [name for name, module in found if isinstance(module, nn.MultiheadAttention)]
-    return [(n, m) for n, m in found if not any(n != w and n.startswith(w + ".") for w in whole)]
-
-
-def _rule_for(module: nn.Module) -> Callable[[Call], dict[str, Tensor]]:
-    kind = type(module)
-    if kind is nn.Linear:
-        return _linear
-    if kind in (nn.Conv1d, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-        return _convolution
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return _batch_norm
-    return _any_module
-
-
-def _linear(call: Call) -> dict[str, Tensor]:
-    """W: sum over positions t of g_t a_t^T."""
-    g, a = _upstream(call), call.args[0].detach()
-    if g.dim() == 2:
-        out = {"weight": g[:, :, None] * a[:, None, :]}
-    else:
-        out = {"weight": torch.einsum("b...o,b...i->boi", g, a)}
-    if call.module.bias is not None:
-        out["bias"] = g.flatten(1, -2).sum(1) if g.dim() > 2 else g
-    return out
-
-
-def _convolution(call: Call) -> dict[str, Tensor]:
-    """W: sum over positions of g times the unfolded input, group by group."""
-    conv, g, a = call.module, _upstream(call), call.args[0].detach()
-    assert isinstance(conv, (nn.Conv1d, nn.Conv2d))
-    kernel, stride, padding, dilation = (_two(v) for v in (conv.kernel_size, conv.stride, conv.padding, conv.dilation))
-    if isinstance(conv, nn.Conv1d):
-        g, a = g[:, :, None], a[:, :, None]
-        padding = (0, padding[1])
-        stride, dilation, kernel = (1, stride[1]), (1, dilation[1]), (1, kernel[1])
-    b, k = len(a), conv.groups
-    unfolded = F.unfold(a, kernel, dilation, padding, stride)  # shape: (B, d, positions)
-    d = unfolded.shape[1] // k
-    left = g.reshape(b * k, -1, unfolded.shape[2])
-    right = unfolded.reshape(b * k, d, -1)
-    out = {"weight": torch.bmm(left, right.transpose(1, 2))}
-    if conv.bias is not None:
-        out["bias"] = g.flatten(2).sum(2)
-    return out
-
-
-def _batch_norm(call: Call) -> dict[str, Tensor]:
-    """gamma: sum of g x_hat, beta: sum of g; running mean and variance in evaluation mode."""
-    norm, g, a = call.module, _upstream(call), call.args[0].detach()
-    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-    over = tuple(range(2, g.dim()))
-    total = lambda t: t.sum(over) if over else t  # noqa: E731
-    frozen = not norm.training and norm.running_mean is not None
-    mean, variance = (norm.running_mean, norm.running_var) if frozen else (None, None)
-    x_hat = F.batch_norm(a, mean, variance, training=not frozen, eps=norm.eps)
-    out = {"weight": total(g * x_hat), "bias": total(g)} if norm.affine else {}
-    if frozen:
-        assert norm.running_var is not None
-        root = (norm.running_var + norm.eps).sqrt()
-        gamma = norm.weight if norm.affine else torch.ones_like(root)
-        out["running_mean"] = -total(g) * gamma / root
-        out["running_var"] = -0.5 * total(g * x_hat) * gamma / root**2
-    return out
-
-
-def _any_module(call: Call) -> dict[str, Tensor]:
-    """Any module whose rows do not see each other: its own vector-Jacobian product, row by row."""
-    module, g = call.module, _upstream(call)
-    deep = isinstance(module, nn.MultiheadAttention)
-    parameters = {n: p.detach() for n, p in module.named_parameters(recurse=deep)}
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in module.modules()):
-        raise UnsupportedError(
-            f"{call.name or 'the model'} owns parameters and contains batch normalization in training mode; "
-            "move its own parameters into a module of their own"
-        )
-    flags = [isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == len(g) for v in call.args]
-    tensors = [v.detach() for v, f in zip(call.args, flags, strict=True) if f]
-    keyed = {k: v.detach() for k, v in call.kwargs.items() if isinstance(v, Tensor) and v.shape[:1] == g.shape[:1]}
-
-    def pull(row: list[Tensor], keyed_row: dict[str, Tensor], upstream: Tensor) -> dict[str, Tensor]:
-        def run(p: dict[str, Tensor]) -> Tensor:
-            rows = iter(row)
-            args = tuple(next(rows)[None] if f else v for v, f in zip(call.args, flags, strict=True))
-            kwargs = call.kwargs | {k: v[None] for k, v in keyed_row.items()}
-            output = torch.func.functional_call(module, p, args, kwargs)
-            return output[0] if isinstance(output, tuple) else output
-
-        return torch.func.vjp(run, parameters)[1](upstream[None])[0]
-
-    return torch.func.vmap(pull)(tensors, keyed, g)
-
-
-def _upstream(call: Call) -> Tensor:
-    assert call.upstream is not None
-    return call.upstream
-
-
-def _two(value: Any) -> tuple[int, int]:
-    value = value if isinstance(value, tuple) else (value,)
-    return (value[0], value[-1])
+def _watched(leaf: Any, call: Call, k: int) -> Any:
+    """Output number k of a call, its gradient being noted as soon as backward reaches it."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return leaf
+    if not leaf.requires_grad:  # the weights ask for no gradient: the first module begins the graph
+        leaf = leaf.detach().requires_grad_(True).clone()
+    leaf.register_hook(lambda g: call.upstream.update({k: g.detach()}))
+    return leaf

@@ -18,10 +18,10 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from brittle.kernel.quadrature import BLOCK, blocks, midpoints, output_gradients
-from brittle.kernel.sweep import step_rows
+from brittle.kernel.quadrature import BLOCK, blocks, check_outputs, midpoints, output_gradients
+from brittle.kernel.sweep import check_step, step_rows
 from brittle.path.flat import FlatModel
 from brittle.path.replay import WalkedStep, walk
 from brittle.path.rules import advance
@@ -84,11 +84,17 @@ def build(
 ) -> Memory:
     """The memory of a recorded path in `segments` stretches of equal length along the path.
 
+    Raises `UnsupportedError` where the model cannot be taken apart by examples.
     Cost: one walk along the path with row gradients; (T + 1) x P and T x (G + 1) x P numbers.
     """
-    parts = list(displaced(path, subject, groups, even_cuts(path.steps, segments), device, progress))
-    ends = torch.stack([parts[0].low, *(p.high for p in parts)])
-    return Memory(ends.cpu(), torch.stack([p.moved for p in parts]).cpu(), nodes)
+    check_outputs(subject, FlatModel(subject.model, device))
+    cuts = even_cuts(path.steps, segments)
+    first = path.snapshot(0).state
+    ends = first.new_empty(len(cuts), len(first))
+    moved = first.new_empty(len(cuts) - 1, len(groups) + 1, len(first))
+    for t, part in enumerate(displaced(path, subject, groups, cuts, device, progress)):
+        ends[t], ends[t + 1], moved[t] = part.low, part.high, part.moved
+    return Memory(ends, moved, nodes)
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,9 @@ def displaced(
     low: Tensor | None = None
     for interval in walk(path, subject, flat):
         for step, after in zip(interval.steps, interval.states()[1:], strict=True):
-            low = step.state if low is None else low
+            if low is None:
+                low = step.state
+                check_step(subject, flat, step)
             buffers, gone = _split_step(subject, flat, step, labels, buffers)
             moved += gone
             if progress:
@@ -145,15 +153,8 @@ def mass(
 
     Cost: `memory.evaluations` gradient passes an input, whatever the size of the training set.
     """
-    flat = FlatModel(subject.model, device)
     total = torch.zeros(len(inputs), memory.displacements.shape[1], dtype=torch.float64)
-    for k, (state, moved) in enumerate(memory.points()):
-        for rows in blocks(len(inputs), BLOCK):
-            gradients = output_gradients(subject, flat, state, inputs[rows], pairs[rows])
-            total[rows] += (gradients @ moved.to(gradients).T).double().cpu()
-        if progress:
-            progress(k + 1, memory.evaluations)
-    return total
+    return _add_mass(total, memory, subject, FlatModel(subject.model, device), inputs, pairs, progress)
 
 
 def differentiable_mass(memory: Memory, subject: Subject, device: str = "cpu") -> Callable[[Tensor, Pairs], Tensor]:
@@ -164,25 +165,23 @@ def differentiable_mass(memory: Memory, subject: Subject, device: str = "cpu") -
     `merged` memory.
     """
     flat = FlatModel(subject.model, device)
-    model = flat.eval()
-    slots = [slot for slot in flat.slots if not slot.buffer]
+    whole, size = _Margin(subject, flat.eval()), flat.parameters
 
-    def margin(weights: Tensor, x: Tensor, sign: Tensor) -> Tensor:
-        named = {s.name: weights[s.start : s.stop].view(s.shape) for s in slots}
-        bound = lambda batch: torch.func.functional_call(model, named, (batch,))  # noqa: E731
-        return subject.class_logits(bound, x[None])[0] @ sign  # type: ignore[arg-type]
+    def margin(parameters: Tensor, statistics: Tensor, x: Tensor, sign: Tensor) -> Tensor:
+        state = torch.cat([parameters, statistics])
+        named = {f"model.{s.name}": state[s.start : s.stop].view(s.shape) for s in flat.slots}
+        return torch.func.functional_call(whole, named, (x, sign))
 
-    gradients = torch.func.vmap(torch.func.grad(margin), in_dims=(None, 0, 0))
+    gradients = torch.func.vmap(torch.func.grad(margin), in_dims=(None, None, 0, 0))
 
     def mass_of(inputs: Tensor, pairs: Pairs) -> Tensor:
         x = inputs.to(flat.state)
         sign = (F.one_hot(pairs.predicted, subject.classes) - F.one_hot(pairs.rival, subject.classes)).to(x)
         total = x.new_zeros(len(x), memory.displacements.shape[1] - 1)
         for state, moved in memory.points():
-            flat.load(state)
-            weights = flat.state[: flat.parameters].clone()
-            jacobian = gradients(weights, x, sign)  # shape: (R, parameters)
-            total = total + jacobian @ moved[:-1, : flat.parameters].to(jacobian).T
+            state = state.to(x)
+            jacobian = gradients(state[:size], state[size:], x, sign)  # shape: (R, parameters)
+            total = total + jacobian @ moved[:-1, :size].to(x).T
         return total
 
     return mass_of
@@ -201,9 +200,41 @@ def fine_mass(
 ) -> Tensor:
     """The same mass from a finer account that is used up as it is walked and never stored: (R, G + 1)."""
     total = torch.zeros(len(inputs), len(groups) + 1, dtype=torch.float64)
+    flat = FlatModel(subject.model, device)
     for part in displaced(path, subject, groups, even_cuts(path.steps, segments), device, progress):
         piece = Memory(torch.stack([part.low, part.high]), part.moved[None], nodes)
-        total += mass(piece, subject, inputs, pairs, device)
+        _add_mass(total, piece, subject, flat, inputs, pairs, None)
+    return total
+
+
+class _Margin(nn.Module):
+    """One input's logits times `sign`, with the model as a child: so that its tensors can be replaced by name."""
+
+    def __init__(self, subject: Subject, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self._subject = model, subject
+
+    def forward(self, x: Tensor, sign: Tensor) -> Tensor:
+        return self._subject.class_logits(self.model, x[None])[0] @ sign
+
+
+def _add_mass(
+    total: Tensor,
+    memory: Memory,
+    subject: Subject,
+    flat: FlatModel,
+    inputs: Tensor,
+    pairs: Pairs,
+    progress: Progress | None,
+) -> Tensor:
+    """Add the mass of R inputs, node by node, to `total` (R, G + 1)."""
+    for k, (state, moved) in enumerate(memory.points()):
+        moved = moved.to(flat.state)
+        for rows in blocks(len(inputs), BLOCK):
+            gradients = output_gradients(subject, flat, state, inputs[rows], pairs[rows])
+            total[rows] += (gradients @ moved.T).double().cpu()
+        if progress:
+            progress(k + 1, memory.evaluations)
     return total
 
 

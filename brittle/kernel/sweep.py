@@ -20,12 +20,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from brittle.kernel.gradients import row_gradients
-from brittle.kernel.quadrature import line_gradient, outputs_at
+from brittle.kernel.gradients import check_sum, row_gradients, without_rounding
+from brittle.kernel.quadrature import check_outputs, line_gradient, outputs_at
 from brittle.path.flat import FlatModel
-from brittle.path.replay import Interval, WalkedStep, training_loss, walk
-from brittle.path.rules import pull_back
+from brittle.path.replay import Interval, WalkedStep, batch_gradient, training_loss, walk
+from brittle.path.rules import absent, pull_back
 from brittle.path.store import PathReader
 from brittle.records import Ledger, Pairs
 from brittle.subject import Subject
@@ -76,34 +77,40 @@ def sweep(
 
     Raises:
         PathMismatchError, DamagedFileError: where the path does not replay or cannot be read.
+        UnsupportedError: where the model cannot be taken apart by examples.
 
     Cost: S batches of row gradients and M x B x P multiplications a step; Jbar costs M x nodes gradient passes
     a segment.
     """
     q = quadrature or Quadrature()
     flat = FlatModel(subject.model, device)
+    check_outputs(subject, flat)
     account = _Account(subject, flat, inputs, pairs, path, q)
     done = 0
-    for segment, drift in _segments(path, subject, flat, q.segment):
-        account.take(segment, drift)
+    for segment in _segments(path, subject, flat, q.segment):
+        if not done:
+            check_step(subject, flat, segment.steps[-1])
+        account.take(segment)
         done += len(segment.steps)
         if progress:
             progress(done, path.steps)
     return account.close()
 
 
-def _segments(path: PathReader, subject: Subject, flat: FlatModel, size: int) -> Iterator[tuple[Interval, float]]:
-    """The path's steps from last to first, `size` at a time (fewer where stored states are nearer)."""
+def _segments(path: PathReader, subject: Subject, flat: FlatModel, size: int) -> Iterator[Interval]:
+    """The path's steps from last to first, `size` at a time (the first ones may be fewer)."""
     pending: list[WalkedStep] = []
     end: Tensor | None = None
+    drift = 0.0
     for interval in walk(path, subject, flat, reverse=True):
         end = interval.end if end is None else end
-        pending = interval.steps + pending
+        pending, drift = interval.steps + pending, max(drift, interval.drift)
         while len(pending) >= size:
-            yield Interval(pending[-size:], end, interval.drift), interval.drift
+            yield Interval(pending[-size:], end, drift)
             end, pending = pending[-size].state, pending[:-size]
+            drift = interval.drift if pending else 0.0
     if pending and end is not None:
-        yield Interval(pending, end, 0.0), 0.0
+        yield Interval(pending, end, drift)
 
 
 class _Account:
@@ -124,7 +131,7 @@ class _Account:
         self.credit_later = flat.state.new_zeros(m, len(flat))
         self.nodes, self.evaluations, self.drift = q.nodes, 0, 0.0
 
-    def take(self, segment: Interval, drift: float) -> None:
+    def take(self, segment: Interval) -> None:
         """Account for one segment: its averaged gradient, then its steps from last to first."""
         begin, p = segment.steps[0].state, self.flat.parameters
         before = outputs_at(self.subject, self.flat, begin, self.inputs, self.pairs)
@@ -147,14 +154,18 @@ class _Account:
         self.start = before
         self.nodes = max(self.q.nodes, line.nodes // 3)
         self.evaluations += line.nodes * len(self.inputs)
-        self.drift = max(self.drift, drift)
+        self.drift = max(self.drift, segment.drift)
 
     def _spend(self, step: WalkedStep, jacobian: Tensor) -> None:
         credit, self.credit_later = pull_back(step.rule, self.credit_later, jacobian)
         rows = step_rows(self.subject, self.flat, step)
         shares = -step.rule.clip * (credit @ rows.T).double()  # shape: (M, B)
         self.contributions.index_add_(1, step.ids.to(shares.device), shares)
-        decay = -((credit * step.rule.l2 + jacobian * step.rule.decoupled) @ step.state.to(credit)).double()
+        weights = step.state.to(credit)
+        decay = torch.zeros_like(self.decay)
+        for pulled, by in ((credit, step.rule.l2), (jacobian, step.rule.decoupled)):
+            if not absent(by):
+                decay -= (pulled @ (by * weights)).double()
         self.decay += decay
         self.explained += shares.sum(1) + decay
         self.evaluations += len(step.ids)
@@ -173,7 +184,16 @@ class _Account:
         return Swept(ledger, self.drift, self.evaluations)
 
 
+def check_step(subject: Subject, flat: FlatModel, step: WalkedStep) -> None:
+    """Check that a step's row gradients add up to its batch's gradient. Raises `UnsupportedError`."""
+    rows = step_rows(subject, flat, step)
+    flat.load(step.state)
+    check_sum(flat, rows, batch_gradient(subject, flat, step.ids))
+
+
 def step_rows(subject: Subject, flat: FlatModel, step: WalkedStep) -> Tensor:
     """Row gradients of a step's loss, the loss's own weights (1/B for a mean) included. Shape (B, P)."""
     flat.load(step.state)
-    return row_gradients(flat, lambda: training_loss(subject, flat, step.ids), len(step.ids))
+    rows = row_gradients(flat, lambda: training_loss(subject, flat, step.ids), len(step.ids))
+    coupled = any(isinstance(module, _BatchNorm) for module in flat.model.modules())
+    return without_rounding(rows) if coupled else rows

@@ -5,7 +5,8 @@ At the final weights w, one more step of gradient descent on example i would mov
     - lr <J(x; w), grad loss_i(w)>.
 
 This is local: it says which examples would move a prediction now, not which ones made it, and it closes no
-account. Numbers are logits per unit of learning rate of a full-batch step (each example weighs 1/N).
+account. Numbers are logits per unit of learning rate of a full-batch step (each example weighs 1/N). Such a step
+moves parameters, not running statistics; gradients are those of the evaluated model.
 
 Source: Jacot, Gabriel, Hongler 2018, "Neural Tangent Kernel" (arXiv 1806.07572).
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 from brittle.data import Examples
 from brittle.kernel.gradients import row_gradients
 from brittle.kernel.memory import Memory
-from brittle.kernel.quadrature import BLOCK, blocks, output_gradients
+from brittle.kernel.quadrature import BLOCK, blocks, check_outputs, output_gradients
 from brittle.path.flat import FlatModel
 from brittle.records import Groups, Pairs
 from brittle.subject import Subject
@@ -36,7 +37,7 @@ def tangent_contributions(
     Cost: one row-gradient pass over the training data, M x N x P multiplications, M x P numbers held.
     """
     flat = FlatModel(subject.model, device)
-    jacobian = torch.cat([j for j in _jacobians(subject, flat, inputs, pairs)])
+    jacobian = torch.cat(list(_jacobians(subject, flat, inputs, pairs)))
     out = torch.zeros(len(inputs), len(subject.train))
     for rows, gradients in _loss_gradients(subject, flat, progress):
         out[:, rows] = -(jacobian @ gradients.T).cpu()
@@ -46,6 +47,7 @@ def tangent_contributions(
 def tangent_memory(subject: Subject, groups: Groups, device: str = "cpu", progress: Progress | None = None) -> Memory:
     """The groups' full-batch gradient steps at the final weights, as a memory of one segment of length zero."""
     flat = FlatModel(subject.model, device)
+    check_outputs(subject, flat)
     moved = flat.state.new_zeros(len(groups) + 1, len(flat))
     for rows, gradients in _loss_gradients(subject, flat, progress):
         moved.index_add_(0, groups.labels[rows].to(device), -gradients)
@@ -68,9 +70,11 @@ def tangent_features(
 
 
 def _jacobians(subject: Subject, flat: FlatModel, inputs: Tensor, pairs: Pairs) -> Iterator[Tensor]:
+    """Output gradients at the final weights, block by block: (B, P), 0 for running statistics."""
+    check_outputs(subject, flat)
     final = flat.state.clone()
     for rows in blocks(len(inputs), BLOCK):
-        yield output_gradients(subject, flat, final, inputs[rows], pairs[rows])
+        yield _of_parameters(flat, output_gradients(subject, flat, final, inputs[rows], pairs[rows]))
 
 
 def _loss_gradients(subject: Subject, flat: FlatModel, progress: Progress | None) -> Iterator[tuple[slice, Tensor]]:
@@ -84,6 +88,11 @@ def _loss_gradients(subject: Subject, flat: FlatModel, progress: Progress | None
         def loss(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
             return subject.loss_of(subject.run(model, inputs), targets)
 
-        yield rows, row_gradients(flat, loss, len(inputs)) * share
+        yield rows, _of_parameters(flat, row_gradients(flat, loss, len(inputs))) * share
         if progress:
             progress(rows.stop, len(train))
+
+
+def _of_parameters(flat: FlatModel, gradients: Tensor) -> Tensor:
+    gradients[:, flat.parameters :] = 0
+    return gradients
