@@ -235,9 +235,13 @@ class TargetAgreement(Record):
     failures: int
     prevalence: float
     scores: list[ScoreResult]
+    decided_by: Literal["auroc", "spearman"] = Field(
+        default="auroc",
+        description="the figure that decides: Spearman for distances, where every input may have failed",
+    )
     best_ours: str
     best_baseline: str
-    gain: Estimate = Field(description="AUROC of our named score minus the best baseline's, paired bootstrap")
+    gain: Estimate = Field(description="deciding figure of our named score minus the best baseline's, paired bootstrap")
     verdict: Verdict = Field(description="pass: the gain's interval lies above 0; fail: below 0")
     sentence: str
 

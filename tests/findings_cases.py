@@ -355,6 +355,7 @@ def _target(
     beats = {"pass": "beats", "fail": "does not beat", "inconclusive": "cannot be told from"}[verdict]
     return TargetAgreement(
         kind=kind,
+        decided_by="spearman" if kind == "attack" else "auroc",
         name=name,
         inputs=HELD_OUT,
         failures=int(failed.sum()),

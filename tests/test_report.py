@@ -176,8 +176,9 @@ def test_flips_show_contributions_before_and_after(case: Case, view: View) -> No
 def test_every_target_shows_every_score(case: Case, view: View) -> None:
     for shown, target in zip(view.agreement.targets, case.findings.agreement.targets, strict=True):
         assert shown.sentence == target.sentence
-        assert [row.value for row in shown.auroc.rows] == [s.auroc.value for s in target.scores]
-        assert [row.role for row in shown.auroc.rows] == ["ours" if s.ours else "baseline" for s in target.scores]
+        deciding = [s.spearman if target.kind == "attack" else s.auroc for s in target.scores]
+        assert [row.value for row in shown.deciding.rows] == [e.value for e in deciding]
+        assert [row.role for row in shown.deciding.rows] == ["ours" if s.ours else "baseline" for s in target.scores]
         assert {row.name for row in shown.rows if row.best} == {target.best_ours, target.best_baseline}
     gains = view.agreement.gains.rows
     assert [(g.value, g.role) for g in gains] == [(t.gain.value, t.verdict) for t in case.findings.agreement.targets]
@@ -267,7 +268,7 @@ def test_a_target_without_failures_has_no_curve(case: Case) -> None:
     (shown,) = view_of(case.findings.model_copy(update={"agreement": agreement}), arrays).agreement.targets
     assert shown.roc is None
     assert {row.auroc for row in shown.rows} == {NONE}
-    assert draw(shown.auroc).uri
+    assert draw(shown.deciding).uri
 
 
 def test_a_median_beyond_reach_is_infinite(case: Case) -> None:

@@ -41,7 +41,8 @@ class TargetView:
     sentence: str
     counts: str
     rows: tuple[ScoreRow, ...]
-    auroc: Dots
+    ranked: bool  # a distance, which every input may have reached: rank correlation decides
+    deciding: Dots
     roc: Curves | None
     against: Points | None
     open: bool
@@ -85,7 +86,7 @@ def _gains(targets: list[TargetAgreement]) -> Dots:
     rows = tuple(Dot(target_name(t), t.gain.value, t.gain.low, t.gain.high, t.verdict) for t in targets)
     return Dots(
         rows,
-        x_label="AUROC of our score minus the best baseline's, 95% interval",
+        x_label="our score minus the best baseline: AUROC, Spearman for distances",
         alt="Gain over the best baseline, one row a kind of failure",
         reference=0.0,
         reference_label="no gain",
@@ -107,7 +108,8 @@ def _target(k: int, target: TargetAgreement, arrays: Mapping[str, Tensor], opene
         sentence=target.sentence,
         counts=f"{number(target.failures)} of {number(target.inputs)} inputs failed ({percent(target.prevalence)})",
         rows=tuple(_row(score, score.name in best) for score in target.scores),
-        auroc=_auroc(target),
+        ranked=target.decided_by == "spearman",
+        deciding=_deciding(target),
         roc=_roc(k, target, arrays),
         against=_against(k, target, arrays),
         open=opened,
@@ -123,13 +125,16 @@ def _role(score: ScoreResult) -> Role:
     return "ours" if score.ours else "baseline"
 
 
-def _auroc(target: TargetAgreement) -> Dots:
-    rows = tuple(Dot(s.name, s.auroc.value, s.auroc.low, s.auroc.high, _role(s)) for s in target.scores)
+def _deciding(target: TargetAgreement) -> Dots:
+    """The figure that decides, of every score."""
+    ranks = target.decided_by == "spearman"
+    figures = [(s, s.spearman if ranks else s.auroc) for s in target.scores]
+    name = "Spearman" if ranks else "AUROC"
     return Dots(
-        rows,
-        x_label="AUROC, 95% interval",
-        alt=f"AUROC of every score for {target_name(target)}",
-        reference=0.5,
+        tuple(Dot(s.name, e.value, e.low, e.high, _role(s)) for s, e in figures),
+        x_label=f"{name}, 95% interval",
+        alt=f"{name} of every score for {target_name(target)}",
+        reference=0.0 if ranks else 0.5,
         reference_label="chance",
     )
 
@@ -173,7 +178,11 @@ def _against(k: int, target: TargetAgreement, arrays: Mapping[str, Tensor]) -> P
     if finite.sum() < 3:
         return None
     kept = thin(int(finite.sum()), MOST_POINTS)
-    what = f"observed {norm_name(target.name)} distance" if target.kind == "attack" else "observed failure severity"
+    what = (
+        f"observed {norm_name(target.name).removesuffix(' distance')} distance"
+        if target.kind == "attack"
+        else "observed failure severity"
+    )
     return Points(
         tuple(x[finite][kept].tolist()),
         tuple(y[finite][kept].tolist()),

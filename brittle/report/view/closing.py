@@ -78,7 +78,7 @@ def _attack(result: AttackResult) -> AttackRow:
         epsilon="" if result.epsilon is None else number(result.epsilon),
         inputs=number(result.inputs),
         success=str(amount(result.success, "share")),
-        median=str(distance(result)),
+        median="" if result.kind == "fixed" else str(distance(result)),
         smallest="" if result.smallest_share is None else percent(result.smallest_share),
         evaluations=number(result.evaluations),
     )
