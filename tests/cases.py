@@ -1,4 +1,4 @@
-"""Tiny seeded problems in float64: models, optimizers, and one training each, recorded by `brittle` and seen plainly."""
+"""Tiny seeded problems in float64: models, optimizers, and one training each, recorded and also seen plainly."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import Seen, SeenStep, State, logits_in
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
@@ -18,7 +19,6 @@ from brittle.path.recorder import Recorder
 from brittle.path.store import PathReader
 from brittle.records import Groups, Pairs
 from brittle.subject import Subject
-from reference import Seen, SeenStep, State, logits_in
 
 COUNT, BATCH, STEPS, QUERIES = 10, 4, 12, 3
 
@@ -103,9 +103,9 @@ class Case:
         inputs = torch.rand(count, *self.shape, generator=torch.Generator().manual_seed(seed))
         return inputs, (inputs.flatten(1)[:, :4] * torch.tensor([3.0, 5.0, 7.0, 9.0])).sum(1).long() % self.classes
 
-    def model(self, seed: int = 0) -> nn.Module:
+    def model(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(0)
             return self.build()
 
 
@@ -215,23 +215,41 @@ class Training:
     def path(self) -> PathReader:
         return PathReader(self.root)
 
+    @property
+    def couples(self) -> bool:
+        """Whether the examples of a batch see each other."""
+        return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.seen.model.modules())
+
 
 def train(
-    case: Case | str, recipe: Recipe | str, root: Path, steps: int = STEPS, budget: int = 1 << 30, seed: int = 0
+    case: Case | str,
+    recipe: Recipe | str,
+    root: Path,
+    *,
+    steps: int = STEPS,
+    budget: int = 1 << 30,
+    place: Tensor | None = None,
+    replacement: bool = False,
 ) -> Training:
-    """Train a case by a recipe, recorded into `root`."""
+    """Train a case by a recipe, recorded into `root`.
+
+    budget: of the recorder. place: where each example lies in the data, by default in order; the training itself
+    does not depend on it. replacement: draw batches in which an example may be twice.
+    """
     case = CASES[case] if isinstance(case, str) else case
     recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
-    model = case.model(seed)
-    inputs, targets = case.data(COUNT, seed)
+    model = case.model()
+    place = torch.arange(COUNT) if place is None else place
+    inputs, targets = (part[place.argsort()] for part in case.data(COUNT, seed=0))
     optimizer = recipe.optimizer(model)
     schedule = recipe.schedule(optimizer) if recipe.schedule else None
     loss = binary_loss if case.classes == 2 else F.cross_entropy
-    order = torch.Generator().manual_seed(seed)
+    order = torch.Generator().manual_seed(0)
     seen: list[SeenStep] = []
     with Recorder(model, optimizer, root, budget) as recorder:
         for _ in range(steps):
-            ids = torch.randperm(COUNT, generator=order)[:BATCH]
+            drawn = torch.randperm(COUNT, generator=order)[:BATCH]
+            ids = place[drawn // 3 if replacement else drawn]
             before, settings = state_of(model), _settings(model, optimizer)
             optimizer.zero_grad()
             loss(logits_in(model(inputs[ids])), targets[ids]).backward()
@@ -243,7 +261,7 @@ def train(
             second = {n: optimizer.state[p]["exp_avg_sq"].clone() for n, p in _held(model, optimizer)}
             seen.append(SeenStep(before, ids, clip, settings, second))
     model.eval()
-    subject = Subject(model, (inputs, targets), case.data(COUNT, seed + 100), path=root)
+    subject = Subject(model, (inputs, targets), case.data(COUNT, seed=100), path=root)
     return Training(subject, Seen(model, type(optimizer).__name__, seen, state_of(model), inputs, targets, loss), root)
 
 

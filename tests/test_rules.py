@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import float64 as float64
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -22,7 +23,6 @@ from brittle.path.rules import (
     second_moment_after,
     step_rule,
 )
-from cases import float64 as float64
 
 SIZES, STEPS = (3, 4, 2), 6
 OWNER = torch.tensor([0] * 3 + [1] * 4 + [-1] * 2)

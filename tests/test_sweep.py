@@ -1,0 +1,318 @@
+"""The account of each output, example by example: equal to the slow reference, and obeying its own laws."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from cases import CASES, COUNT, QUERIES, RECIPES, SMOOTH, STEPS, Training, plain_pairs, queries, train
+from cases import float64 as float64
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from brittle.errors import UnsupportedError
+from brittle.kernel.sweep import Quadrature, Swept, sweep
+from brittle.records import Ledger, Pairs
+
+NODES = 3
+BATCH_NORM = ["batch norm", "cnn batch norm"]
+
+
+def fixed(nodes: int = NODES, segment: int = 1) -> Quadrature:
+    """The same number of midpoints in every segment."""
+    return Quadrature(segment=segment, nodes=nodes, most=nodes, tolerance=0.0)
+
+
+def swept(training: Training, quadrature: Quadrature | None = None) -> Swept:
+    inputs, pairs = queries(training.subject)
+    return sweep(training.path, training.subject, inputs, pairs, quadrature or fixed())
+
+
+def slow(training: Training, nodes: int = NODES, cuts: list[int] | None = None) -> reference.Account:
+    inputs, pairs = queries(training.subject)
+    split = reference.row_gradients if training.couples else reference.example_gradients
+    moved = reference.displacements(training.seen, split)
+    return reference.account(training.seen, moved, inputs, plain_pairs(pairs), nodes, cuts)
+
+
+def assert_equal(ledger: Ledger, expected: reference.Account, atol: float = 1e-9) -> None:
+    for row in ("start", "contributions", "decay", "buffers", "output"):
+        assert torch.allclose(getattr(ledger, row), getattr(expected, row), rtol=1e-9, atol=atol), row
+    assert torch.allclose(ledger.residual + ledger.unexplained, expected.residual, atol=10 * atol)
+
+
+def assert_balanced(ledger: Ledger) -> None:
+    assert torch.allclose(ledger.total(), ledger.output, atol=1e-12)
+    learned = (ledger.output - ledger.start).abs().max()
+    assert learned > 0.05
+    assert ledger.unexplained.abs().max() < 1e-8 * learned
+
+
+# ------------------------------------------------------------------------------------------------------- the reference
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_optimizer_is_accounted_for_as_by_the_reference(recipe: str, tmp_path: Path) -> None:
+    training = train("tanh", recipe, tmp_path)
+    found, expected = swept(training), slow(training)
+    assert_equal(found.ledger, expected)
+    assert_balanced(found.ledger)
+    decays = any(s["weight_decay"] for s in training.seen.steps[0].settings.values())
+    assert (expected.decay.abs().min() > 1e-5) == decays
+    assert (training.seen.steps[-1].clip < 1) == ("clipped" in recipe)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_model_is_accounted_for_as_by_the_reference(case: str, tmp_path: Path) -> None:
+    training = train(case, "momentum l2", tmp_path)
+    found, expected = swept(training), slow(training)
+    assert_equal(found.ledger, expected)
+    assert_balanced(found.ledger)
+    assert (expected.buffers.abs().min() > 1e-3) == (case in BATCH_NORM)
+
+
+@pytest.mark.parametrize("case", BATCH_NORM)
+def test_adam_gives_no_credit_where_a_normalized_batch_has_no_gradient(case: str, tmp_path: Path) -> None:
+    """The bias before the normalization: its rows cancel, and Adam divides them by the root of their sum."""
+    training = train(case, "adamw", tmp_path)
+    found = swept(training)
+    assert_equal(found.ledger, slow(training))
+    assert found.ledger.contributions.abs().max() < 20
+    assert found.ledger.unexplained.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("segment", [2, 5, 100])
+def test_segments_of_several_steps_share_one_gradient(segment: int, tmp_path: Path) -> None:
+    training = train("cnn", "nesterov l2", tmp_path)
+    cuts = sorted({0, *range(STEPS, 0, -segment)})
+    assert_equal(swept(training, fixed(2, segment)).ledger, slow(training, 2, cuts))
+
+
+@pytest.mark.parametrize("recipe", ["momentum l2", "adamw"])
+def test_segments_under_batch_normalization_move_weights_and_statistics_together(recipe: str, tmp_path: Path) -> None:
+    training = train("cnn batch norm", recipe, tmp_path)
+    assert_equal(swept(training, fixed(2, segment=4)).ledger, slow(training, 2, [0, 4, 8, 12]))
+
+
+def test_an_example_may_be_twice_in_a_batch(tmp_path: Path) -> None:
+    training = train("tanh", "momentum", tmp_path, replacement=True)
+    assert any(len(step.ids.unique()) < len(step.ids) for step in training.seen.steps)
+    found = swept(training).ledger
+    assert_equal(found, slow(training))
+    assert (found.contributions[:, 4:] == 0).all(), "never drawn"
+
+
+def test_the_split_is_by_row_and_not_by_loss_term(tmp_path: Path) -> None:
+    """Both splits of a normalized batch add up to the same learning, and give different credit."""
+    training = train("batch norm", "momentum", tmp_path)
+    found = swept(training).ledger
+    inputs, pairs = queries(training.subject)
+    terms = reference.displacements(training.seen, reference.loss_term_gradients)
+    other = reference.account(training.seen, terms, inputs, plain_pairs(pairs), NODES)
+    assert torch.allclose(found.contributions.sum(1), other.contributions.sum(1), atol=1e-9)
+    differ = (found.contributions - other.contributions).norm() / other.contributions.norm()
+    assert 0.05 < differ < 2
+
+
+# -------------------------------------------------------------------------------------------------------- the identity
+
+
+@pytest.mark.parametrize("case", SMOOTH)
+def test_the_residual_of_smooth_networks_falls_as_nodes_rise(case: str, tmp_path: Path) -> None:
+    training = train(case, "momentum", tmp_path)
+    coarse, finer = (swept(training, fixed(n)).ledger.residual.abs().max() for n in (1, 9))
+    assert finer < coarse / 40 + 1e-9, "the error of the midpoint rule falls with the square of the nodes"
+
+
+def test_the_residual_is_gone_with_enough_nodes(tmp_path: Path) -> None:
+    ledger = swept(train("tanh", "momentum", tmp_path), fixed(81)).ledger
+    assert ledger.relative_residual < 1e-6
+    assert ledger.residual.abs().max() < 1e-6
+
+
+def test_a_linear_model_leaves_no_residual(tmp_path: Path) -> None:
+    ledger = swept(train("linear", "adam l2", tmp_path), fixed(1, segment=STEPS)).ledger
+    assert ledger.residual.abs().max() < 1e-12
+
+
+def test_a_kinked_network_is_accounted_for_but_for_its_residual(tmp_path: Path) -> None:
+    ledger = swept(train("relu", "momentum", tmp_path), fixed(9)).ledger
+    assert_balanced(ledger)
+    assert 0 < ledger.relative_residual < 0.01
+
+
+def test_output_and_start_are_the_models_own(tmp_path: Path) -> None:
+    training = train("cnn batch norm", "momentum", tmp_path)
+    inputs, pairs = queries(training.subject)
+    ledger = swept(training).ledger
+    assert torch.allclose(ledger.output, pairs.margin(training.subject.predict(inputs)))
+    assert torch.allclose(ledger.start, pairs.margin(CASES["cnn batch norm"].model().eval()(inputs)))
+
+
+# ---------------------------------------------------------------------------------------------------------- quadrature
+
+
+def test_nodes_are_tripled_until_the_increment_is_met(tmp_path: Path) -> None:
+    training = train("group norm", "momentum", tmp_path)
+    tolerances = (0.5, 0.02, 1e-4)
+    found = [swept(training, Quadrature(segment=3, nodes=1, most=81, tolerance=t)) for t in tolerances]
+    for tolerance, swept_ in zip(tolerances, found, strict=True):
+        assert swept_.ledger.relative_residual <= tolerance
+    assert found[0].evaluations < found[1].evaluations < found[2].evaluations
+
+
+def test_tripled_nodes_are_the_nodes_themselves(tmp_path: Path) -> None:
+    training = train("tanh", "momentum", tmp_path)
+    grown = swept(training, Quadrature(segment=4, nodes=1, most=9, tolerance=0.0))
+    direct = swept(training, fixed(9, segment=4))
+    assert torch.allclose(grown.ledger.contributions, direct.ledger.contributions, atol=1e-13)
+
+
+def test_evaluations_count_queries_and_training_rows(tmp_path: Path) -> None:
+    training = train("tanh", "momentum", tmp_path)
+    assert swept(training, fixed(3, segment=4)).evaluations == 3 * 3 * QUERIES + STEPS * 4
+
+
+# ---------------------------------------------------------------------------------------------------------------- laws
+
+
+@pytest.mark.parametrize("case", ["tanh", "batch norm"])
+def test_a_permutation_of_the_examples_permutes_the_ledger(case: str, tmp_path: Path) -> None:
+    place = torch.randperm(COUNT, generator=torch.Generator().manual_seed(3))
+    plain = swept(train(case, "momentum", tmp_path / "plain")).ledger.contributions
+    moved = swept(train(case, "momentum", tmp_path / "moved", place=place)).ledger.contributions
+    assert torch.allclose(moved[:, place], plain, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", ["tanh", "cnn batch norm"])
+def test_blocks_of_queries_do_not_matter(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = train(case, "adamw", tmp_path)
+    inputs, pairs = queries(training.subject)
+    whole = swept(training).ledger
+    parts = [
+        sweep(training.path, training.subject, inputs[rows], pairs[rows], fixed()).ledger
+        for rows in (slice(0, 1), slice(1, None))
+    ]
+    assert torch.allclose(torch.cat([p.contributions for p in parts]), whole.contributions, atol=1e-12)
+    monkeypatch.setattr("brittle.kernel.quadrature.BLOCK", 2)
+    assert torch.allclose(swept(training).ledger.contributions, whole.contributions, atol=1e-12)
+
+
+def test_swapping_the_classes_of_the_margin_changes_every_sign(tmp_path: Path) -> None:
+    training = train("tanh", "momentum l2", tmp_path)
+    inputs, pairs = queries(training.subject)
+    other = sweep(training.path, training.subject, inputs, Pairs(pairs.rival, pairs.predicted), fixed()).ledger
+    for row in ("start", "contributions", "decay", "residual", "output"):
+        assert torch.allclose(getattr(other, row), -getattr(swept(training).ledger, row), atol=1e-12)
+
+
+@pytest.mark.parametrize("recipe", ["sgd", "momentum", "dampening", "nesterov", "cosine"])
+def test_an_examples_credit_is_what_a_little_more_of_it_would_have_done(recipe: str, tmp_path: Path) -> None:
+    """In a linear model: give one example more weight in one step, and leave all later gradients as they were."""
+    training = train("linear", recipe, tmp_path)
+    inputs, pairs = queries(training.subject)
+    ledger, step = swept(training).ledger, 3
+    example = int(training.seen.steps[step].ids[0])
+    more = 0.7
+    shifted = torch.zeros(QUERIES)
+    for at, seen in enumerate(training.seen.steps):  # in each step that had the example, one after the other
+        if example in seen.ids:
+            again = _trained_on_frozen_gradients(training, recipe, at, example, more)
+            shifted += pairs.margin(again(inputs)) - ledger.output
+    assert torch.allclose(shifted, more * ledger.contributions[:, example], atol=1e-10)
+    assert shifted.abs().min() > 1e-3
+
+
+def _trained_on_frozen_gradients(training: Training, recipe: str, at: int, example: int, more: float) -> nn.Module:
+    """Torch's own optimizer on the gradients of the recorded training, one example's share of one step enlarged."""
+    model = CASES["linear"].model()
+    optimizer = RECIPES[recipe].optimizer(model)
+    make_schedule = RECIPES[recipe].schedule
+    schedule = make_schedule(optimizer) if make_schedule else None
+    for s, step in enumerate(training.seen.steps):
+        shares = reference.example_gradients(training.seen, step)
+        for name, parameter in model.named_parameters():
+            weights = [1 + more * (s == at and i == example) for i in step.ids.tolist()]
+            parameter.grad = sum((w * g[name] for w, g in zip(weights, shares, strict=True)), torch.zeros(()))
+        optimizer.step()
+        if schedule:
+            schedule.step()
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------- rest
+
+
+@pytest.mark.parametrize("recipe", ["momentum l2", "adamw"])
+@pytest.mark.parametrize("case", ["tanh", "batch norm"])
+def test_steps_that_are_replayed_give_the_same_ledger(case: str, recipe: str, tmp_path: Path) -> None:
+    stored = train(case, recipe, tmp_path / "stored")
+    thinned = train(case, recipe, tmp_path / "thinned", budget=3000)
+    assert len(thinned.path.marks) < STEPS / 2 < len(stored.path.marks)
+    found = swept(thinned)
+    for row in ("contributions", "decay", "buffers", "residual"):
+        assert torch.allclose(getattr(found.ledger, row), getattr(swept(stored).ledger, row), atol=1e-9), row
+    assert found.drift < 1e-7
+
+
+def test_the_subjects_model_is_left_alone(tmp_path: Path) -> None:
+    training = train("batch norm", "momentum", tmp_path)
+    before = {k: v.clone() for k, v in training.subject.model.state_dict().items()}
+    wanted = [p.requires_grad for p in training.subject.model.parameters()]
+    swept(training)
+    assert all(torch.equal(before[k], v) for k, v in training.subject.model.state_dict().items())
+    assert [p.requires_grad for p in training.subject.model.parameters()] == wanted
+    assert not training.subject.model.training
+    assert all(p.grad is None or p.grad.isfinite().all() for p in training.subject.model.parameters())
+
+
+def test_progress_counts_steps(tmp_path: Path) -> None:
+    training, told = train("tanh", "sgd", tmp_path), []
+    inputs, pairs = queries(training.subject)
+    sweep(
+        training.path,
+        training.subject,
+        inputs,
+        pairs,
+        fixed(1, segment=5),
+        progress=lambda done, of: told.append((done, of)),
+    )
+    assert told == [(5, 12), (10, 12), (12, 12)]
+
+
+class Reused(nn.Module):
+    """Reads a layer's weight past the layer: its rows cannot be told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.tanh(self.first(x)) @ self.first.weight)
+
+
+def test_a_model_that_cannot_be_taken_apart_is_refused_by_name(tmp_path: Path) -> None:
+    case = replace(CASES["tanh"], build=Reused)
+    training = train(case, "momentum", tmp_path)
+    with pytest.raises(UnsupportedError, match=r"those of first\.weight do not add up"):
+        swept(training)
+
+
+def test_a_frozen_trunk_that_the_model_itself_keeps_from_learning_is_fine(tmp_path: Path) -> None:
+    class Trunk(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.head = nn.Linear(4, 5).requires_grad_(False), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                h = F.tanh(self.trunk(x))
+            return self.head(h)
+
+    recipe = replace(RECIPES["momentum"], optimizer=lambda m: SGD(m.head.parameters(), lr=0.1, momentum=0.9))
+    training = train(replace(CASES["tanh"], build=Trunk), recipe, tmp_path)
+    assert_equal(swept(training).ledger, slow(training))
