@@ -48,7 +48,6 @@ def row_gradients(flat: FlatModel, scalar: Scalar, rows: int) -> Tensor:
         UnsupportedError: where a module with parameters mixes rows in a way that cannot be split.
     """
     out = flat.state.new_zeros(rows, len(flat))
-    columns = {slot.name: slice(slot.start, slot.stop) for slot in flat.slots}
     for call in _record(flat.model, scalar):
         if any(g.shape[:1] != (rows,) for g in call.upstream.values()):
             found = next(tuple(g.shape) for g in call.upstream.values() if g.shape[:1] != (rows,))
@@ -58,7 +57,7 @@ def row_gradients(flat: FlatModel, scalar: Scalar, rows: int) -> Tensor:
             )
         if call.upstream:
             for leaf, gradient in weight_gradients(call).items():
-                out[:, columns[call.column(leaf)]] += gradient.reshape(rows, -1)
+                out[:, flat.columns[call.column(leaf)]] += gradient.reshape(rows, -1)
     return out
 
 

@@ -153,14 +153,24 @@ def _any_module(call: Call) -> dict[str, Tensor]:
         return torch.func.vjp(run, parameters)[1]([g[None] for g in upstream])[0]
 
     own, upstream = [leaves[k] for k in split], list(call.upstream.values())
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH):
+        try:
             return torch.func.vmap(pull)(own, upstream)
+        except Exception:  # what cannot be batched (recurrent layers, values asked for) runs one by one
+            return _one_by_one(call, pull, own, upstream)
+
+
+def _one_by_one(
+    call: Call, pull: Callable[..., dict[str, Tensor]], own: list[Tensor], upstream: list[Tensor]
+) -> dict[str, Tensor]:
+    try:
+        rows = [pull([leaf[i] for leaf in own], [g[i] for g in upstream]) for i in range(len(upstream[0]))]
     except Exception as error:
         raise UnsupportedError(
             f"every module with parameters must run on one example at a time, {call} raised {described(error)}; write "
-            "it so that it does, or leave path= out"
+            "it so that it does"
         ) from error
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _two(value: Any) -> tuple[int, int]:

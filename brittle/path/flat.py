@@ -64,7 +64,8 @@ class FlatModel:
     """A copy of `model` that lives at any point of the path.
 
     `state` (P,) is the vector that the copy's parameters and buffers are views of, `parameters` counts its
-    leading entries that are parameters. The copy's parameters ask for no gradient by themselves.
+    leading entries that are parameters, `columns` says where the tensor of each name lies (tied ones have several).
+    The copy's parameters ask for no gradient by themselves.
     """
 
     def __init__(self, model: nn.Module, device: str | torch.device = "cpu") -> None:
@@ -72,7 +73,7 @@ class FlatModel:
         self.slots = layout(model)
         self.parameters = sum(s.shape.numel() for s in self.slots if not s.buffer)
         self.state = state_of(self.model)
-        self._bind()
+        self.columns = self._bind()
 
     def __len__(self) -> int:
         return len(self.state)
@@ -100,10 +101,14 @@ class FlatModel:
         parts = [(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(found, parameters, strict=True)]
         return pad(torch.cat(parts), (0, len(self) - self.parameters))
 
-    def _bind(self) -> None:
-        for slot in self.slots:
-            owner = self.model.get_submodule(slot.name.rpartition(".")[0])
-            leaf = slot.name.rpartition(".")[2]
+    def _bind(self) -> dict[str, slice]:
+        """Make the copy's tensors views of the state; returns their columns by name."""
+        every = dict(self.model.named_parameters(remove_duplicate=False))
+        every |= dict(self.model.named_buffers(remove_duplicate=False))
+        slots = {id(every[slot.name]): slot for slot in self.slots}
+        names = {name: slots[id(tensor)] for name, tensor in every.items() if id(tensor) in slots}
+        for name, slot in names.items():
+            owner, leaf = self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             view = self.state[slot.start : slot.stop].view(slot.shape)
             if slot.buffer:
                 owner._buffers[leaf] = view
@@ -111,3 +116,4 @@ class FlatModel:
                 parameter = owner._parameters[leaf]
                 assert parameter is not None
                 parameter.requires_grad_(False).data = view
+        return {name: slice(slot.start, slot.stop) for name, slot in names.items()}
