@@ -45,7 +45,7 @@ class Quadrature:
     segment: int = 4
     nodes: int = 2
     most: int = 18
-    tolerance: float = 0.005
+    tolerance: float = 0.01
 
 
 @dataclass(frozen=True)

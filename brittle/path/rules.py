@@ -186,12 +186,16 @@ def pull_back(rule: StepRule, later: Tensor, jacobian: Tensor) -> tuple[Tensor, 
     the output's gradient over this step. Returns (credit, earlier): a gradient g_j changed the output by
     -<credit, clip g_j + l2 w_j>, and `earlier` is the sensitivity to the previous step's buffer.
     """
-    pulled = scaled(rule.scale, jacobian)
-    buffer = later + scaled(rule.held, pulled)
+    buffer = plus(later, rule.scale * rule.held, jacobian)
     credit = scaled(rule.gain, buffer)
     if not absent(rule.direct):
-        credit = credit + rule.direct * pulled
+        credit = plus(credit, rule.scale * rule.direct, jacobian)
     return credit, scaled(rule.beta, buffer)
+
+
+def plus(values: Tensor, by: Coefficient, more: Tensor) -> Tensor:
+    """values + by * more, in one pass over them. values, more: (M, P)."""
+    return torch.addcmul(values, by, more) if isinstance(by, Tensor) else torch.add(values, more, alpha=by)
 
 
 def scaled(by: Coefficient, values: Tensor) -> Tensor:
