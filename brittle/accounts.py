@@ -107,6 +107,7 @@ def memory_fidelity(
     generator: torch.Generator,
     device: str,
     progress: Progress | None = None,
+    spend: Callable[[int], None] = lambda evaluations: None,
 ) -> MemoryFidelity:
     """The memory's shifts on a sample of probes, held against a finer account of the same path."""
     rows = torch.randperm(len(queries), generator=generator)[:SAMPLE_QUERIES]
@@ -116,6 +117,7 @@ def memory_fidelity(
     fine_segments = min(path.steps, FINE_SEGMENTS)
 
     def coarse(inputs: Tensor, pairs: Pairs) -> Tensor:
+        spend(len(inputs) * (memory.evaluations + fine_segments * FINE_NODES))
         return mass(memory, subject, inputs, pairs, device)
 
     def fine(inputs: Tensor, pairs: Pairs) -> Tensor:

@@ -114,7 +114,7 @@ def finished(root: Path) -> bool:
 
 class PathReader:
     """A finished path: `steps` of them, `marks` the steps before which a state is stored (the last is `steps`),
-    and `largest_id`, the largest position of a training example in any batch.
+    `largest_id`, the largest position of a training example in any batch, and `visits`, examples over all batches.
 
     Raises `DamagedFileError` where a file is missing, cut short or altered, and `PathMismatchError` where the
     path was never finished or is of another format.
@@ -140,7 +140,7 @@ class PathReader:
         self._owners: list[int] = header["owner"]
         self.steps: int = json.loads(read_bytes(root / "end.json"))["steps"]
         self._load = lru_cache(maxsize=2)(self._read_block)
-        self.largest_id = -1
+        self.largest_id, self.visits = -1, 0
         self.marks = self._find_marks()
 
     @cached_property
@@ -186,6 +186,7 @@ class PathReader:
             if len(block["at"]):
                 self._dtype = block["state"].dtype
             self.largest_id = max([self.largest_id, *block["ids"].tolist()])
+            self.visits += len(block["ids"])
             reached = first + len(block["counts"])
         if reached != self.steps or marks[:1] != [0] or marks[-1] != self.steps:
             raise DamagedFileError(

@@ -21,7 +21,7 @@ from brittle.scores import lack_of_support, late_path, late_path_at_reference, l
 from brittle.shift import probe_inputs
 from brittle.stages import Progress, Spend
 from brittle.suggest import regions, retrain_check
-from brittle.suggest.plan import plan, robustness
+from brittle.suggest.plan import MOST_COVERED, plan, robustness
 
 
 def agreement(
@@ -84,11 +84,13 @@ def suggestions(c: Context, holes: list[Hole], regions_of: list[Region], failure
     if c.subject.pool is None:
         return Suggestions(regions=lacking, examples=[], note="No pool was given, so no examples are suggested.")
     generator = c.stages.generator("suggest")
-    chosen = c.stages(
-        "suggest",
-        "choosing examples",
-        lambda tick, _: [s.model_dump() for s in plan(c.subject, c.split.predict, regions_of, generator, c.device)],
-    )
+    pool = len(c.subject.pool)
+
+    def choose(tick: Progress, spend: Spend) -> list[dict[str, Any]]:
+        spend(min(pool, MOST_COVERED) + min(len(c.subject.train), MOST_COVERED) + len(c.split.predict))
+        return [s.model_dump() for s in plan(c.subject, c.split.predict, regions_of, generator, c.device)]
+
+    chosen = c.stages("suggest", "choosing examples", choose)
     examples = [ExampleSuggestion.model_validate(s) for s in chosen]
     if c.subject.retrain is None:
         note = "The subject cannot be retrained (no `retrain`), so these suggestions are not checked."

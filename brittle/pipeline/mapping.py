@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from brittle import accounts
@@ -19,11 +21,12 @@ from brittle.stages import Progress, Spend
 
 def memory(c: Context) -> Memory:
     e = c.effort
-    return c.stages(
-        "memory",
-        "building the group memory",
-        lambda tick, _: accounts.build_memory(c.subject, c.path, c.groups, e.segments, e.nodes, c.device, tick),
-    )
+
+    def compute(tick: Progress, spend: Spend) -> Memory:
+        spend(c.path.visits if c.path else len(c.subject.train))
+        return accounts.build_memory(c.subject, c.path, c.groups, e.segments, e.nodes, c.device, tick)
+
+    return c.stages("memory", "building the group memory", compute)
 
 
 def memory_fidelity(c: Context, memory: Memory) -> MemoryFidelity | None:
@@ -31,13 +34,14 @@ def memory_fidelity(c: Context, memory: Memory) -> MemoryFidelity | None:
     if path is None:
         return None
     generator = c.stages.generator("fidelity")
-    found = c.stages(
-        "memory/fidelity",
-        "checking the memory against a finer account",
-        lambda tick, _: accounts.memory_fidelity(
-            c.subject, path, memory, c.groups, c.split.both, c.families, c.draws, generator, c.device, tick
-        ).model_dump(),
-    )
+
+    def compute(tick: Progress, spend: Spend) -> dict[str, Any]:
+        spend(path.visits)
+        return accounts.memory_fidelity(
+            c.subject, path, memory, c.groups, c.split.both, c.families, c.draws, generator, c.device, tick, spend
+        ).model_dump()
+
+    found = c.stages("memory/fidelity", "checking the memory against a finer account", compute)
     return MemoryFidelity.model_validate(found)
 
 
