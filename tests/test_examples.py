@@ -202,11 +202,6 @@ def test_fashion_mnist_is_named_by_the_environment_and_options(root: Path, monke
     assert accuracy(made, made.test) > 0.9
 
 
-def test_only_small_training_sets_are_retrained(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fashion_mnist, "RETRAINABLE", 200)
-    assert fashion_mnist.make(str(root), epochs=1).retrain is None
-    assert fashion_mnist.make(str(root), epochs=1, limit=200).retrain is not None
-
 
 def test_a_large_limit_leaves_the_pool_alone(root: Path) -> None:
     made = fashion_mnist.make(str(root), epochs=1, limit=1000)

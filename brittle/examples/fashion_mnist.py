@@ -25,9 +25,6 @@ ROOT = "BRITTLE_DATA"
 POOL_SHARE = 12
 """One training image in twelve is held out as the pool: 5,000 of 60,000."""
 
-RETRAINABLE = 5_000
-"""Training examples up to which suggestions are checked by retraining; the whole set would take hours."""
-
 
 def make(root: str = "", epochs: int = 5, seed: int = 0, limit: int = 0, cache: str = "") -> Subject:
     """A CNN on Fashion-MNIST.
@@ -54,7 +51,7 @@ def make(root: str = "", epochs: int = 5, seed: int = 0, limit: int = 0, cache: 
         normalize=(recipe.mean, recipe.std),
         class_names=tuple(FashionMNIST.classes),
         path=path,
-        retrain=retrainer(network, recipe) if len(data) <= RETRAINABLE else None,
+        retrain=retrainer(network, recipe),
         name="Fashion-MNIST",
     )
 
