@@ -23,7 +23,7 @@ LINE_SEARCH = 6
 
 
 def auto_pgd_minimal(
-    problem: Problem, *, generator: torch.Generator, rounds: int = 8, steps: int = 20, candidates: int = 5
+    problem: Problem, *, generator: torch.Generator, rounds: int = 8, steps: int = 30, candidates: int = 5
 ) -> AttackRows:
     """Bisect the distance within which APGD succeeds.
 

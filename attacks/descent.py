@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,22 +35,17 @@ class Descent:
 
     step: tuple[float, float] = (2.0, 0.01)
     """First and last length a_k of a step, in units of the radius."""
-    radius: tuple[float, float] = (0.1, 0.001)
+    radius: tuple[float, float] = (0.15, 0.002)
     """First and last share g_k by which the radius grows or shrinks."""
-    temperature: float = 0.12
-    """Of the soft margin, in units of the clean margin."""
-
-    def degrees(self, problem: Problem, clean: Tensor) -> Tensor:
-        """The temperature of each input in logits, (B,). clean: (B, C) logits at the clean inputs."""
-        least = 1e-3 * (clean.amax(1) - clean.amin(1)).clamp_min(torch.finfo(clean.dtype).eps)
-        return torch.maximum(self.temperature * problem.margin(clean).abs(), least)
+    temperature: tuple[float, float] = (0.18, 0.012)
+    """First and last temperature of the soft margin, in units of the clean margin."""
 
 
 def descend(
     problem: Problem,
     search: Search,
     start: Tensor,
-    temperature: Tensor,
+    scale: Tensor,
     how: Descent,
     steps: int,
     generator: torch.Generator,
@@ -61,17 +57,16 @@ def descend(
     Args:
         problem: what counts as success here: that of the search, or the same aimed at other targets.
         start: (B, *input) within the bounds.
-        temperature: (B,) of the soft margin, logits.
+        scale: (B,) the clean margin, logits, in which temperatures are measured.
 
     Cost: `steps` evaluations an input.
     """
     points, radius = start, search.best.clone()
     farthest = room(problem.inputs, problem.bounds, problem.norm)
 
-    def loss(logits: Tensor) -> Tensor:
-        return soft_margin(logits, problem.labels, problem.targets, temperature)
-
     for k in range(steps):
+        temperature = half_cosine(k / steps, *how.temperature) * scale
+        loss = partial(soft_margin, labels=problem.labels, targets=problem.targets, temperature=temperature)
         logits, _, gradient = search.gradient(points, loss)
         through, far = problem.fooled(logits), size(points - problem.inputs, problem.norm)
         if k == 0:

@@ -10,9 +10,10 @@ Minimal-norm, in L2 or Linf, untargeted or towards a target, in three stages:
 3. Line search between the input and the nearest success of all tracks.
 
 What counts is the order of the rivals: a descent from elsewhere ends in the same place as a rule, a descent to
-another rival does not. On a plain MNIST CNN (100 images, L2, 100 evaluations besides the map's) one free track came
-within 1.1 % of the best of four targeted ones; tracks to the map's rivals brought it 1.1 % nearer, tracks to random
-rivals 0.0 %. Without a map the margin's own gradient ranks the rivals.
+another rival does not. On a plain MNIST CNN (100 images, 100 evaluations on the model, a map of 20 segments) rivals
+in the map's order brought the distance 1.1 % (L2, standard error 0.3) and 0.7 % (Linf, 0.2) below that with rivals in
+random order, and 0.3 % and 0.2 % (0.1 each) below that with rivals in the order of the margin's gradient, which costs
+one evaluation a rival where the map costs its nodes. The latter is what ranks them without a map.
 """
 
 from __future__ import annotations
@@ -31,8 +32,17 @@ from brittle.records import AttackRows
 
 NAME = "hole-seeking"
 
+FREE = Descent()
+"""The first track: wide steps, to choose among many places."""
+
+AIMED = Descent(step=(0.5, 0.01))
+"""The further ones: shorter steps, to come near in the place they aim at."""
+
 START = 0.5
 """Where a track starts, as a share of the predicted distance towards its rival."""
+
+LEAST = 1e-3
+"""Least clean margin that sets a temperature, as a share of the range of the logits."""
 
 LINE_SEARCH = 6
 """Halvings at the end."""
@@ -47,7 +57,6 @@ def seek_holes(
     tracks: int = 3,
     candidates: int = 5,
     traced: bool = True,
-    how: Descent | None = None,
 ) -> tuple[AttackRows, Route | None]:
     """Find the nearest misclassified input to each input, led by the mass map.
 
@@ -63,10 +72,9 @@ def seek_holes(
 
     Cost: `steps` + K `guide.evaluations` an input, and 2 `guide.evaluations` for the route.
     """
-    how = how or Descent()
     search = Search(problem)
     clean = search.look(problem.inputs)
-    temperature = how.degrees(problem, clean)
+    scale = problem.margin(clean).abs().maximum(LEAST * (clean.amax(1) - clean.amin(1)))
     bearing = _bearing(search, guide, clean, candidates, generator)
     times = torch.zeros_like(bearing.rivals)  # shape: (B, K) tracks that aimed at a rival or ended there
     for k, share in enumerate(_shares(steps - 1 - LINE_SEARCH, tracks)):
@@ -75,7 +83,7 @@ def seek_holes(
         start = bearing.start(problem, rank, START)
         again = spread(times.amin(1) > 0, start)
         start = torch.where(again, _anywhere(problem, START * search.best, generator), start)
-        descend(problem.aimed(rival) if k else problem, search, start, temperature, how, share, generator)
+        descend(problem.aimed(rival) if k else problem, search, start, scale, AIMED if k else FREE, share, generator)
         times += bearing.rivals == (rival if k else search.classes)[:, None]
     search.pull_in(LINE_SEARCH)
     route = trace(search, guide) if traced and isinstance(guide, Guide) else None

@@ -34,16 +34,20 @@ MAP_BLOCK = 64
 
 @dataclass(frozen=True)
 class Guide:
-    """A mass map, how many groups it tells apart, and what one input costs: a call and its backward pass."""
+    """A mass map, the class of each of its groups, and what one input costs: a call and its backward pass."""
 
     mass: MassMap
-    groups: int
+    classes: Tensor  # shape: (G,) int64
     evaluations: int
 
     @classmethod
     def margin(cls, problem: Problem) -> Guide:
         """The margin as the only group: what is left of a mass map where no path is known."""
-        return cls(lambda inputs, pairs: pairs.margin(problem.logits(inputs))[:, None], groups=1, evaluations=1)
+
+        def mass(inputs: Tensor, pairs: Pairs) -> Tensor:
+            return pairs.margin(problem.logits(inputs))[:, None]
+
+        return cls(mass, torch.tensor([-1]), evaluations=1)
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,8 @@ class Route:
     """The way that an attack took: pairs (clean class, new class), and the mass before and after.
 
     Leaving and arriving are read as in the shift map: among the groups that held the prediction up the one that
-    falls most, among those that spoke for the rival the one that gains most; -1 where the attack failed or no
-    group is of that kind.
+    falls most, among those of the rival's class the one that turns most against it; -1 where the attack failed or
+    there is none.
     """
 
     rival: Tensor  # shape: (B,) int64, the class where it ended; -1 where it failed
@@ -123,11 +127,12 @@ def trace(search: Search, guide: Guide) -> Route:
     pairs = Pairs(labels, classes)
     before, after = (_mass(search, guide, points, pairs) for points in (clean, search.inputs))
     fall, holding, succeeded = before - after, before > 0, classes != labels
+    rivals = guide.classes.to(classes.device) == classes[:, None]  # shape: (B, G)
 
     def largest(among: Tensor) -> Tensor:
         return torch.where(among.any(1) & succeeded, torch.where(among, fall, -torch.inf).argmax(1), -1)
 
-    return Route(torch.where(succeeded, classes, -1), largest(holding), largest(~holding), before, after)
+    return Route(torch.where(succeeded, classes, -1), largest(holding), largest(rivals), before, after)
 
 
 def _mass_gradient(search: Search, guide: Guide, pairs: Pairs) -> Tensor:
@@ -152,9 +157,9 @@ def _blocks(count: int) -> list[slice]:
 
 
 def _checked(mass: Tensor, guide: Guide) -> Tensor:
-    if mass.shape[1] != guide.groups:
+    if mass.shape[1] != len(guide.classes):
         raise DataError(
-            f"the mass map must tell {guide.groups} groups apart, found {mass.shape[1]} columns; "
+            f"the mass map must tell {len(guide.classes)} groups apart, found {mass.shape[1]} columns; "
             "pass the groups it was made with"
         )
     return mass

@@ -151,7 +151,7 @@ def _guide(mass: MassMap | None, groups: Groups | None, evaluations: int | None)
     if groups is None or cost is None:
         missing = "groups" if groups is None else "cost (mass_evaluations)"
         raise DataError(f"a mass map comes with its groups and its cost, found no {missing}; pass both, or mass=None")
-    return Guide(lambda inputs, pairs: mass(inputs, pairs).to(inputs.device), len(groups), cost)
+    return Guide(lambda inputs, pairs: mass(inputs, pairs).to(inputs.device), groups.classes, cost)
 
 
 def _check(queries: Queries, preset: str) -> None:

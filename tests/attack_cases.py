@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from scipy.optimize import linprog, minimize
 from torch import Tensor, nn
 
 from brittle.attacks.problem import Problem
@@ -44,63 +47,92 @@ class Linear:
         return inputs.flatten(1) @ self.weight.T + self.bias
 
 
-def linear_problem(norm: Norm, at_bounds: bool, targeted: bool = False, seed: int = 0, count: int = COUNT) -> Problem:
+def linear_problem(norm: Norm, at_bounds: bool, targeted: bool = False, classes: int = CLASSES) -> Problem:
     """Inputs in [-1, 3] of a random linear model; at the bounds, half of the coordinates lie on them."""
-    g = generator(seed)
+    g = generator()
     model = Linear(
-        torch.randn(CLASSES, FEATURES, generator=g, dtype=torch.float64),
-        torch.randn(CLASSES, generator=g, dtype=torch.float64),
+        torch.randn(classes, FEATURES, generator=g, dtype=torch.float64),
+        torch.randn(classes, generator=g, dtype=torch.float64),
     )
     bounds = (-1.0, 3.0)
-    inputs = 1 + torch.rand(count, FEATURES, generator=g, dtype=torch.float64) - 0.5
+    inputs = 1 + torch.rand(COUNT, FEATURES, generator=g, dtype=torch.float64) - 0.5
     if at_bounds:
         sides = torch.where(torch.rand(inputs.shape, generator=g) < 0.5, *bounds)
         inputs = torch.where(torch.rand(inputs.shape, generator=g) < 0.5, sides.double(), inputs)
     labels = model(inputs).argmax(1)
-    targets = (labels + 1 + torch.arange(count) % (CLASSES - 1)) % CLASSES if targeted else None
+    targets = (labels + 1 + torch.arange(COUNT) % (classes - 1)) % classes if targeted else None
     return Problem(model, inputs, labels, norm, bounds, targets)
 
 
+def linear_model(problem: Problem) -> Linear:
+    """The model behind a linear problem."""
+    assert isinstance(problem.logits, Linear)
+    return problem.logits
+
+
 def linear_distance(problem: Problem) -> Tensor:
-    """The true distance of a linear model, (B,): for each rival the multiplier of the box is found by bisection.
+    """The true distance of a linear model, (B,): a linear or a quadratic program for each rival, solved by scipy.
 
-    min |d| such that g . d <= -m within the box is solved by d = clip(-t g) in L2 and clip(-t sign g) in Linf. With
-    one target every other class must fall behind it, which for targets this is a lower bound only.
+    min |d| such that the rival's logit reaches that of the label (of every other class, if it is a target), within
+    the box.
     """
-    model = problem.logits
-    assert isinstance(model, Linear)
-    best = torch.full((len(problem),), torch.inf, dtype=torch.float64)
-    for b in range(len(problem)):
-        x, y = problem.inputs[b], int(problem.labels[b])
-        for rival in range(CLASSES):
-            if rival == y or (problem.targets is not None and rival != problem.targets[b]):
-                continue
-            g = model.weight[y] - model.weight[rival]
-            margin = g @ x + model.bias[y] - model.bias[rival]
-            best[b] = min(best[b], _to_plane(x, g, margin, problem))
-    return best
+    every = range(len(problem))
+    return torch.tensor([_linear_distance(problem[slice(b, b + 1)]) for b in every], dtype=torch.float64)
 
 
-def _to_plane(x: Tensor, g: Tensor, margin: Tensor, problem: Problem) -> Tensor:
-    way = g if problem.norm == "l2" else g.sign()
-    moved = lambda t: (x - t * way).clamp(*problem.bounds) - x  # noqa: E731
-    low, high = 0.0, 1e4
-    if g @ moved(high) > -margin:
-        return torch.tensor(torch.inf, dtype=torch.float64)
-    for _ in range(80):
-        half = (low + high) / 2
-        low, high = (low, half) if g @ moved(half) <= -margin else (half, high)
-    return moved(high).norm() if problem.norm == "l2" else moved(high).abs().max()
+def _linear_distance(problem: Problem) -> float:
+    y, classes = int(problem.labels), range(len(linear_model(problem).bias))
+    if problem.targets is not None:
+        t = int(problem.targets)
+        return _to_planes(problem, t, [c for c in classes if c != t])
+    return min(_to_planes(problem, rival, [y]) for rival in classes if rival != y)
+
+
+def _to_planes(problem: Problem, winner: int, losers: list[int]) -> float:
+    """Distance of one input to where `winner` is level with or above all `losers`."""
+    model = linear_model(problem)
+    x = problem.inputs[0].numpy()
+    normals = (model.weight[losers] - model.weight[winner]).numpy()  # normals . (x + d) + offsets <= 0
+    offsets = normals @ x + (model.bias[losers] - model.bias[winner]).numpy()
+    low, high = problem.bounds[0] - x, problem.bounds[1] - x
+    if problem.norm == "linf":
+        return _smallest_cube(normals, offsets, low, high)
+    found = minimize(
+        lambda d: 0.5 * d @ d,
+        np.zeros_like(x),
+        jac=lambda d: d,
+        bounds=list(zip(low, high, strict=True)),
+        constraints=[{"type": "ineq", "fun": lambda d: -normals @ d - offsets, "jac": lambda d: -normals}],
+        method="SLSQP",
+        options={"ftol": 1e-12, "maxiter": 300},
+    )
+    return float(np.linalg.norm(found.x)) if found.success else math.inf
+
+
+def _smallest_cube(normals: np.ndarray, offsets: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
+    """min r such that -r <= d <= r."""
+    size, ones = len(low), np.ones((len(low), 1))
+    rows = [
+        np.hstack([normals, np.zeros((len(normals), 1))]),
+        np.hstack([np.eye(size), -ones]),
+        np.hstack([-np.eye(size), -ones]),
+    ]
+    bounds = [*zip(low, high, strict=True), (0, None)]
+    sides = np.concatenate([-offsets, np.zeros(2 * size)])
+    found = linprog(np.r_[np.zeros(size), 1.0], A_ub=np.vstack(rows), b_ub=sides, bounds=bounds)
+    return float(found.fun) if found.success else math.inf
 
 
 def linear_worst_margin(problem: Problem, epsilon: float) -> Tensor:
-    """The smallest margin that a linear model has within `epsilon` of each input, (B,), by the same multiplier."""
-    model = problem.logits
-    assert isinstance(model, Linear)
+    """The smallest margin that a linear model has within `epsilon` of each input, (B,).
+
+    Against one rival with normal g it lies at clip(x - t g), in Linf at clip(x - epsilon sign g).
+    """
+    model = linear_model(problem)
     worst = torch.full((len(problem),), torch.inf, dtype=torch.float64)
     for b in range(len(problem)):
         x, y = problem.inputs[b], int(problem.labels[b])
-        for rival in set(range(CLASSES)) - {y}:
+        for rival in set(range(len(model.bias))) - {y}:
             g = model.weight[y] - model.weight[rival]
             step = _within(x, g, epsilon, problem)
             worst[b] = min(worst[b], g @ (x + step) + model.bias[y] - model.bias[rival])
@@ -148,16 +180,15 @@ def ring_distance(problem: Problem) -> Tensor:
 
 def linear_guide(problem: Problem, groups: int = 6, evaluations: int = 7) -> Guide:
     """A mass map of a linear model: its weights as a sum of groups' weights, large parts that mostly cancel."""
-    model = problem.logits
-    assert isinstance(model, Linear)
-    parts = 3 * torch.randn(groups, CLASSES, FEATURES, generator=generator(1), dtype=torch.float64)
+    model = linear_model(problem)
+    parts = 3 * torch.randn(groups, *model.weight.shape, generator=generator(1), dtype=torch.float64)
     parts[-1] += model.weight - parts.sum(0)  # shape: (G, C, D)
 
     def mass(inputs: Tensor, pairs: Pairs) -> Tensor:
         between = parts[:, pairs.predicted] - parts[:, pairs.rival]  # shape: (G, R, D)
         return torch.einsum("grd,rd->rg", between, inputs.flatten(1))
 
-    return Guide(mass, groups, evaluations)
+    return Guide(mass, torch.arange(groups) % len(model.bias), evaluations)
 
 
 class Blobs(nn.Module):

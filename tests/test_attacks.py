@@ -1,0 +1,209 @@
+"""Attacks on models whose nearest adversarial or worst margin is known."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from attack_cases import (
+    Counter,
+    generator,
+    linear_distance,
+    linear_guide,
+    linear_problem,
+    linear_worst_margin,
+    ring_distance,
+    ring_problem,
+)
+from torch import Tensor
+
+from brittle.attacks import auto_pgd, auto_pgd_minimal, seek_holes
+from brittle.attacks.apgd import checkpoints
+from brittle.attacks.foolbox_suite import ddn, pgd
+from brittle.attacks.problem import Problem
+from brittle.records import AttackRows, Norm
+
+Attack = Callable[..., AttackRows]
+
+
+def led(problem: Problem, *, generator: torch.Generator) -> AttackRows:
+    """Hole-seeking by a mass map."""
+    return seek_holes(problem, linear_guide(problem), generator=generator)[0]
+
+
+def unled(problem: Problem, *, generator: torch.Generator) -> AttackRows:
+    """Hole-seeking without one."""
+    return seek_holes(problem, generator=generator)[0]
+
+
+MINIMAL: tuple[Attack, ...] = (led, unled, auto_pgd_minimal)
+NORMS: tuple[Norm, ...] = ("l2", "linf")
+EPSILON = {"l2": 0.6, "linf": 0.2}
+
+
+def assert_within_bounds(problem: Problem, rows: AttackRows) -> None:
+    assert (rows.adversarials >= problem.bounds[0]).all()
+    assert (rows.adversarials <= problem.bounds[1]).all()
+
+
+def assert_succeeds(problem: Problem, rows: AttackRows) -> None:
+    """Every input is really misclassified, as the class and at the distance that are reported."""
+    assert rows.success.all()
+    classes = problem.logits(rows.adversarials).argmax(1)
+    assert torch.equal(classes, rows.new_class)
+    assert ((classes != problem.labels) if problem.targets is None else (classes == problem.targets)).all()
+    far = (rows.adversarials - problem.inputs).flatten(1)
+    torch.testing.assert_close(rows.distance, far.norm(dim=1) if problem.norm == "l2" else far.abs().amax(1))
+    assert_within_bounds(problem, rows)
+
+
+@functools.cache
+def optimum(norm: Norm, at_bounds: bool, targeted: bool) -> tuple[Problem, Tensor]:
+    problem = linear_problem(norm, at_bounds, targeted)
+    return problem, linear_distance(problem)
+
+
+@pytest.mark.parametrize("targeted", [False, True], ids=["untargeted", "targeted"])
+@pytest.mark.parametrize("at_bounds", [False, True], ids=["inside", "at the bounds"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("attack", MINIMAL)
+def test_minimal_attacks_come_within_5_percent_of_a_linear_models_optimum(
+    attack: Attack, norm: Norm, at_bounds: bool, targeted: bool
+) -> None:
+    problem, least = optimum(norm, at_bounds, targeted)
+    rows = attack(problem, generator=generator())
+    assert_succeeds(problem, rows)
+    assert (rows.distance >= least * (1 - 1e-6)).all()
+    assert (rows.distance <= least * 1.05).all(), (rows.distance / least).max()
+
+
+@pytest.mark.parametrize("at_bounds", [False, True], ids=["inside", "at the bounds"])
+def test_ddn_comes_within_5_percent_and_its_last_step(at_bounds: bool) -> None:
+    """Of two classes, where there is no wrong rival to go for; its last step is a hundredth of the bounds' width."""
+    problem = linear_problem("l2", at_bounds, classes=2)
+    rows, least = ddn(problem, generator=generator()), linear_distance(problem)
+    assert_succeeds(problem, rows)
+    width = problem.bounds[1] - problem.bounds[0]
+    assert (rows.distance <= least * 1.05 + 0.01 * width).all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_hole_seeking_finds_the_nearer_circle_of_a_ring(norm: Norm) -> None:
+    """Between the circles the slope leads some inputs to the farther one; only another start finds the nearer."""
+    problem = ring_problem(norm)
+    rows = unled(problem, generator=generator())
+    assert_succeeds(problem, rows)
+    assert (rows.distance <= ring_distance(problem) * 1.05).all()
+
+
+def test_bisection_finds_a_circle_of_a_ring() -> None:
+    problem = ring_problem("l2")
+    rows = auto_pgd_minimal(problem, generator=generator())
+    assert_succeeds(problem, rows)
+    radius = problem.inputs.norm(dim=1)
+    circles = torch.stack([radius - 1, 2 - radius], dim=1)
+    assert ((rows.distance[:, None] / circles - 1).abs().amin(1) < 0.05).all()
+    assert (rows.distance <= ring_distance(problem) * 1.05).double().mean() >= 0.9
+
+
+@pytest.mark.parametrize("at_bounds", [False, True], ids=["inside", "at the bounds"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_auto_pgd_reaches_a_two_class_linear_models_worst_margin(norm: Norm, at_bounds: bool) -> None:
+    """Two classes, so that the loss has no local maxima; all inputs are fooled, and the surest success is kept."""
+    problem, epsilon = linear_problem(norm, at_bounds, classes=2), 4 * EPSILON[norm]
+    worst = linear_worst_margin(problem, epsilon)
+    for loss in ("ce", "dlr"):
+        rows = auto_pgd(problem, epsilon, loss=loss, generator=generator())
+        margin = problem.margin(problem.logits(rows.adversarials))
+        fooled = worst < -1e-6
+        assert fooled.double().mean() > 0.5
+        assert torch.equal(rows.success, fooled)
+        assert (margin[fooled] <= 0.99 * worst[fooled]).all()
+        assert (margin[fooled] >= 1.000001 * worst[fooled]).all()
+        assert_within_bounds(problem, rows)
+
+
+@pytest.mark.parametrize("attack", [auto_pgd, pgd])
+@pytest.mark.parametrize("norm", NORMS)
+def test_fixed_attacks_keep_their_budget_and_miss_few(attack: Attack, norm: Norm) -> None:
+    problem, least = optimum(norm, True, False)
+    epsilon = least.median().item()
+    rows = attack(problem, epsilon, generator=generator())
+    assert rows.epsilon == epsilon
+    assert (rows.distance[rows.success] <= epsilon * (1 + 1e-6)).all()
+    assert not rows.success[least > epsilon * (1 + 1e-6)].any()
+    assert rows.success[least < 0.9 * epsilon].double().mean() >= 0.8
+    assert torch.equal(rows.adversarials[~rows.success], problem.inputs[~rows.success])
+    assert rows.distance[~rows.success].isinf().all()
+
+
+def test_checkpoints_are_those_of_the_paper() -> None:
+    assert checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
+
+
+COUNTED = {
+    "hole-seeking": unled,
+    "hole-seeking, random": lambda p, generator: seek_holes(p, "random", generator=generator)[0],
+    "bisection": auto_pgd_minimal,
+    "APGD": lambda p, generator: auto_pgd(p, 0.5, generator=generator),
+    "DDN": ddn,
+    "PGD": lambda p, generator: pgd(p, 0.5, generator=generator),
+}
+
+
+@pytest.mark.parametrize("attack", COUNTED.values(), ids=COUNTED)
+def test_evaluations_are_the_real_calls_of_each_input(attack: Attack) -> None:
+    problem = linear_problem("l2", at_bounds=True)
+    for b in range(3):
+        counter = Counter(problem.logits)
+        rows = attack(replace(problem[slice(b, b + 1)], logits=counter), generator=generator())
+        assert rows.evaluations.tolist() == [counter.passes]
+    counter = Counter(problem.logits)
+    rows = attack(replace(problem, logits=counter), generator=generator())
+    assert int(rows.evaluations.sum()) == counter.passes
+
+
+@pytest.mark.parametrize("attack", COUNTED.values(), ids=COUNTED)
+def test_the_same_seed_gives_the_same_rows(attack: Attack) -> None:
+    problem = linear_problem("l2", at_bounds=True)
+    torch.manual_seed(0)
+    first = attack(problem, generator=generator(5))
+    torch.manual_seed(1)  # the global generator plays no part
+    state = torch.get_rng_state()
+    again = attack(problem, generator=generator(5))
+    assert torch.equal(first.adversarials, again.adversarials)
+    assert torch.equal(first.evaluations, again.evaluations)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("name", "gain"), [("hole-seeking", 10), ("bisection", 10), ("DDN", 1)])
+def test_inputs_of_any_scale_are_attacked_alike(name: str, gain: float) -> None:
+    """Inputs and bounds a thousand times larger, logits `gain` times: distances grow a thousandfold."""
+    problem = linear_problem("l2", at_bounds=True)
+    low, high = problem.bounds
+    large = replace(
+        problem,
+        logits=lambda inputs: gain * problem.logits(inputs / 1000),
+        inputs=1000 * problem.inputs,
+        bounds=(1000 * low, 1000 * high),
+    )
+    near, far = (COUNTED[name](p, generator=generator()).distance for p in (problem, large))
+    torch.testing.assert_close(far.log(), (1000 * near).log(), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["hole-seeking", "bisection", "DDN"])
+def test_an_input_that_is_not_finite_costs_only_itself(name: str) -> None:
+    problem = linear_problem("l2", at_bounds=False)
+    poisoned = problem.inputs[3]
+
+    def logits(inputs: Tensor) -> Tensor:
+        near = (inputs - poisoned).abs().amax(1) < 0.4
+        return torch.where(near[:, None], torch.nan, problem.logits(inputs))
+
+    rows = COUNTED[name](replace(problem, logits=logits), generator=generator())
+    assert rows.success[torch.arange(len(problem)) != 3].all()
+    assert rows.adversarials.isfinite().all()
+    assert (logits(rows.adversarials).argmax(1) != problem.labels)[rows.success].all()
