@@ -6,30 +6,35 @@ group, so that sum_g U[t, g] + decay = w_b - w_a for every segment. Afterwards
     mass of g at any input x = sum_t <Jbar_t(x), U[t, g]>
 
 without a visit to the training data, at a cost that does not depend on N: a superposition of the examples, as in
-Domingos 2020 (arXiv 2012.00152). Walking *forward*, every group has its own optimizer buffer (`rules.advance`),
-so the split is exact for every supported optimizer.
+Domingos 2020 (arXiv 2012.00152). How U is found: `displacement`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
+from brittle.errors import SubjectError
+from brittle.kernel.displacement import displaced, even_cuts
+from brittle.kernel.gradients import AGREEMENT
 from brittle.kernel.quadrature import BLOCK, blocks, check_outputs, midpoints, output_gradients
-from brittle.kernel.sweep import check_step, step_rows
 from brittle.path.flat import FlatModel
-from brittle.path.replay import WalkedStep, walk
-from brittle.path.rules import advance
 from brittle.path.store import PathReader
 from brittle.records import Groups, Pairs
 from brittle.subject import Subject
 
 Progress = Callable[[int, int], None]
+
+Route = Callable[[nn.Module, FlatModel, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""How J . U is differentiated: (margins, model, state (P,), U (G, P), inputs (R, *input), signs (R, C)) -> (R, G)."""
 
 
 @dataclass(frozen=True)
@@ -97,50 +102,6 @@ def build(
     return Memory(ends, moved, nodes)
 
 
-@dataclass(frozen=True)
-class Displaced:
-    """One segment while the path is walked: its ends, and what each group displaced; decay and buffers last."""
-
-    low: Tensor  # shape: (P,)
-    high: Tensor  # shape: (P,)
-    moved: Tensor  # shape: (G + 1, P)
-
-
-def displaced(
-    path: PathReader,
-    subject: Subject,
-    groups: Groups,
-    cuts: Sequence[int],
-    device: str = "cpu",
-    progress: Progress | None = None,
-) -> Iterator[Displaced]:
-    """Walk the path forward and yield the segments between `cuts` (steps, from 0 to the last)."""
-    flat = FlatModel(subject.model, device)
-    labels = groups.labels.to(device)
-    buffers = flat.state.new_zeros(len(groups) + 1, len(flat))
-    moved, stops = torch.zeros_like(buffers), set(cuts[1:])
-    low: Tensor | None = None
-    for interval in walk(path, subject, flat):
-        for step, after in zip(interval.steps, interval.states()[1:], strict=True):
-            if low is None:
-                low = step.state
-                check_step(subject, flat, step)
-            buffers, gone = _split_step(subject, flat, step, labels, buffers)
-            moved += gone
-            if progress:
-                progress(step.index + 1, path.steps)
-            if step.index + 1 in stops:
-                moved[-1, flat.parameters :] = (after - low)[flat.parameters :].to(moved)
-                yield Displaced(low, after, moved)
-                low, moved = after, torch.zeros_like(buffers)
-
-
-def even_cuts(steps: int, segments: int) -> list[int]:
-    """Step numbers that cut the path into `segments` stretches (fewer where it is shorter)."""
-    cuts = torch.linspace(0, steps, min(segments, steps) + 1, dtype=torch.float64)
-    return cuts.round().long().unique().tolist()
-
-
 def mass(
     memory: Memory,
     subject: Subject,
@@ -161,30 +122,35 @@ def differentiable_mass(memory: Memory, subject: Subject, device: str = "cpu") -
     """The mass of any input as a function that can be differentiated in the input; decay is left out.
 
     Returns a function (inputs (R, *input), pairs) -> (R, G) in the weights' precision. One call costs
-    `memory.evaluations` gradient passes an input, its backward pass about as much again; attacks call it on a
-    `merged` memory.
+    `memory.evaluations` gradient passes an input, its backward pass about as much again (R times as much for
+    models whose layers vmap cannot differentiate twice); attacks call it on a `merged` memory.
     """
     flat = FlatModel(subject.model, device)
-    whole, size = _Margin(subject, flat.eval()), flat.parameters
+    whole = _Margin(subject, flat.eval())
 
-    def margin(parameters: Tensor, statistics: Tensor, x: Tensor, sign: Tensor) -> Tensor:
-        state = torch.cat([parameters, statistics])
-        named = {f"model.{s.name}": state[s.start : s.stop].view(s.shape) for s in flat.slots}
-        return torch.func.functional_call(whole, named, (x, sign))
-
-    gradients = torch.func.vmap(torch.func.grad(margin), in_dims=(None, None, 0, 0))
-
-    def mass_of(inputs: Tensor, pairs: Pairs) -> Tensor:
+    def mass_by(route: Route, points: Iterable[tuple[Tensor, Tensor]], inputs: Tensor, pairs: Pairs) -> Tensor:
         x = inputs.to(flat.state)
         sign = (F.one_hot(pairs.predicted, subject.classes) - F.one_hot(pairs.rival, subject.classes)).to(x)
-        total = x.new_zeros(len(x), memory.displacements.shape[1] - 1)
-        for state, moved in memory.points():
-            state = state.to(x)
-            jacobian = gradients(state[:size], state[size:], x, sign)  # shape: (R, parameters)
-            total = total + jacobian @ moved[:-1, :size].to(x).T
-        return total
+        with sdpa_kernel(SDPBackend.MATH), _LayerNormWrittenOut():  # attention's others have no second derivative
+            masses = [route(whole, flat, state.to(x), moved[:-1].to(x), x, sign) for state, moved in points]
+        return torch.stack(masses).sum(0)
 
-    return mass_of
+    def slope(route: Route) -> Tensor:
+        """The gradient of some masses at the first training examples."""
+        x = subject.train.inputs[:2].to(flat.state).requires_grad_(True)
+        found = mass_by(
+            route, [next(memory.points())], x, Pairs.of(subject.class_logits(whole.model, x).detach().cpu())
+        )
+        weighted = (found * torch.linspace(1, 2, found.shape[1]).to(found)).sum()
+        return torch.autograd.grad(weighted, x, allow_unused=True, materialize_grads=True)[0]
+
+    route, exact = _row_after_row, slope(_row_after_row)
+    try:  # a layer may have no second derivative under vmap, or a wrong one
+        if (slope(_all_rows) - exact).norm() <= AGREEMENT * exact.norm():
+            route = _all_rows
+    except (RuntimeError, SubjectError):
+        pass
+    return lambda inputs, pairs: mass_by(route, memory.points(), inputs, pairs)
 
 
 def fine_mass(
@@ -208,14 +174,57 @@ def fine_mass(
 
 
 class _Margin(nn.Module):
-    """One input's logits times `sign`, with the model as a child: so that its tensors can be replaced by name."""
+    """The logits of a batch times `sign`, with the model as a child: so that its tensors can be replaced by name."""
 
     def __init__(self, subject: Subject, model: nn.Module) -> None:
         super().__init__()
         self.model, self._subject = model, subject
 
     def forward(self, x: Tensor, sign: Tensor) -> Tensor:
-        return self._subject.class_logits(self.model, x[None])[0] @ sign
+        return (self._subject.class_logits(self.model, x) * sign).sum(1)
+
+
+def _all_rows(whole: nn.Module, flat: FlatModel, state: Tensor, moved: Tensor, x: Tensor, sign: Tensor) -> Tensor:
+    """J of every row under vmap, then J . U: one gradient pass and one more to differentiate it."""
+
+    def margin(parameters: Tensor, row: Tensor, sign: Tensor) -> Tensor:
+        return torch.func.functional_call(whole, _named(flat, parameters, state), (row[None], sign[None]))[0]
+
+    gradients = torch.func.vmap(torch.func.grad(margin), in_dims=(None, 0, 0))
+    return gradients(state[: flat.parameters], x, sign) @ moved[:, : flat.parameters].T
+
+
+def _row_after_row(whole: nn.Module, flat: FlatModel, state: Tensor, moved: Tensor, x: Tensor, sign: Tensor) -> Tensor:
+    """The same by plain autograd: right for every layer, and as many passes as rows."""
+    parameters = state[: flat.parameters].clone().requires_grad_(True)
+    rows = []
+    for r in range(len(x)):
+        named = _named(flat, parameters, state)
+        margin = torch.func.functional_call(whole, named, (x[r : r + 1], sign[r : r + 1]))[0]
+        rows.append(torch.autograd.grad(margin, parameters, create_graph=True)[0])
+    return torch.stack(rows) @ moved[:, : flat.parameters].T
+
+
+class _LayerNormWrittenOut(TorchFunctionMode):
+    """Layer normalization in elementary operations: torch's own has a wrong second derivative under vmap."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_layer_norm if func is F.layer_norm else func)(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    over = tuple(range(-len(shape), 0))
+    x = (x - x.mean(over, keepdim=True)) / (x.var(over, correction=0, keepdim=True) + eps).sqrt()
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def _named(flat: FlatModel, parameters: Tensor, state: Tensor) -> dict[str, Tensor]:
+    """The model's tensors by name: views of the parameters, and of the state for its running statistics."""
+    own = lambda slot: (state if slot.buffer else parameters)[slot.start : slot.stop].view(slot.shape)  # noqa: E731
+    return {f"model.{slot.name}": own(slot) for slot in flat.slots}
 
 
 def _add_mass(
@@ -236,14 +245,3 @@ def _add_mass(
         if progress:
             progress(k + 1, memory.evaluations)
     return total
-
-
-def _split_step(
-    subject: Subject, flat: FlatModel, step: WalkedStep, labels: Tensor, buffers: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One step's displacement by group, decay last: the new buffers and what they moved, (G + 1, P)."""
-    rows = step_rows(subject, flat, step)
-    by_group = torch.zeros_like(buffers).index_add_(0, labels[step.ids.to(labels.device)], rows)
-    kept, moved = advance(step.rule, buffers[:-1], by_group[:-1], None)
-    decay_kept, decay_moved = advance(step.rule, buffers[-1], by_group[-1], step.state.to(rows))
-    return torch.cat([kept, decay_kept[None]]), torch.cat([moved, decay_moved[None]])

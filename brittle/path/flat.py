@@ -103,7 +103,7 @@ class FlatModel:
 
     def _bind(self) -> dict[str, slice]:
         """Make the copy's tensors views of the state; returns their columns by name."""
-        every = dict(self.model.named_parameters(remove_duplicate=False))
+        every: dict[str, Tensor] = {**dict(self.model.named_parameters(remove_duplicate=False))}
         every |= dict(self.model.named_buffers(remove_duplicate=False))
         slots = {id(every[slot.name]): slot for slot in self.slots}
         names = {name: slots[id(tensor)] for name, tensor in every.items() if id(tensor) in slots}
