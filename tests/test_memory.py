@@ -13,8 +13,9 @@ from cases import float64 as float64
 from torch import Tensor, nn
 
 from brittle.data import Examples
+from brittle.kernel.differentiable import differentiable_mass
 from brittle.kernel.displacement import displaced, even_cuts
-from brittle.kernel.memory import Memory, build, differentiable_mass, fine_mass, mass
+from brittle.kernel.memory import Memory, build, fine_mass, mass
 from brittle.kernel.sweep import Quadrature, sweep
 from brittle.mass import by_group, class_groups
 from brittle.records import Groups, Pairs

@@ -8,7 +8,8 @@ from brittle import accounts
 from brittle.attacks import suite
 from brittle.attacks.envelope import envelope
 from brittle.flips import Flips, worst_flips
-from brittle.kernel.memory import Memory, differentiable_mass
+from brittle.kernel.differentiable import differentiable_mass
+from brittle.kernel.memory import Memory
 from brittle.mass import class_groups
 from brittle.outcomes import Observed
 from brittle.pipeline.context import NORMS, Context
