@@ -19,7 +19,7 @@ from brittle.attacks.problem import Problem
 from brittle.attacks.search import Search
 from brittle.attacks.verify import verified
 from brittle.errors import DataError, UsageError
-from brittle.kernel.memory import differentiable_mass
+from brittle.kernel.differentiable import differentiable_mass
 from brittle.kernel.tangent import tangent_memory
 from brittle.mass import class_groups
 from brittle.records import AttackRows, Norm, Queries
