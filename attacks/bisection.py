@@ -29,8 +29,8 @@ def auto_pgd_minimal(
 
     The distance doubles until there is a success; then the gap between the largest failure and the smallest success
     is halved. Within a distance the cross entropy is raised first and then, where that failed, the DLR towards the
-    rival that is nearest to first order: alone, either misses the nearest class of linear models by up to a quarter.
-    Each climb starts where the one before it ended, drawn into the new ball.
+    rival that is nearest to first order; by the cross entropy alone linear models of five classes came out up to a
+    quarter too far. Each climb starts where the one before it ended, drawn into the new ball.
 
     Args:
         steps: of both climbs of a round together.

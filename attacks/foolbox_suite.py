@@ -45,7 +45,7 @@ def _ask(search: Search, attack: Any, generator: torch.Generator, **options: flo
     low, width = problem.bounds[0], problem.bounds[1] - problem.bounds[0]
     inputs = ((problem.inputs - low) / width).clamp(0, 1)
     model = _foolbox().PyTorchModel(_Scaled(search).eval(), bounds=(0, 1), device=inputs.device)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([inputs.device] if inputs.is_cuda else []):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         points = attack.run(model, inputs, _criterion(problem), **options)
     points = (low + points.detach() * width).clamp(*problem.bounds)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 
@@ -58,7 +57,7 @@ def run(
     mass: MassMap | None,
     groups: Groups | None,
     generator: torch.Generator,
-    preset: Literal["quick", "standard", "thorough"] | str = "quick",
+    preset: str = "quick",
     norms: Sequence[Norm] = ("l2", "linf"),
     mass_evaluations: int | None = None,
     epsilons: Mapping[Norm, float] | None = None,
@@ -71,6 +70,7 @@ def run(
         mass: leads the hole-seeking attack; without one the margin's gradient does.
         groups: those that the mass map tells apart.
         generator: of all random choices.
+        preset: quick, standard or thorough.
         norms: in which to attack.
         mass_evaluations: gradient evaluations that one call of `mass` and its backward pass cost an input; where
             left out, the map's attribute of this name.

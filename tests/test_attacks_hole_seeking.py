@@ -11,6 +11,7 @@ from attack_cases import (
     blob_problem,
     blob_subject,
     generator,
+    linear_distance,
     linear_guide,
     linear_model,
     linear_problem,
@@ -67,6 +68,36 @@ def test_it_returns_the_nearest_success_it_ever_saw(subject: Subject, norm: Norm
     wrong = torch.stack([problem.fooled(problem.logits(points)) for points in seen])
     nearest = torch.where(wrong, far, torch.inf).amin(0)
     torch.testing.assert_close(rows.distance.float(), nearest, rtol=1e-5, atol=0)
+
+
+def test_further_tracks_lead_into_every_other_rival() -> None:
+    """With a track for each of the four rivals and a free one, every input visits every wrong class."""
+    problem = linear_problem("l2", at_bounds=False)
+    visited = torch.zeros(len(problem), 5, dtype=torch.bool)
+
+    def logits(inputs: torch.Tensor) -> torch.Tensor:
+        values = problem.logits(inputs)
+        if len(inputs) == len(problem):
+            visited[torch.arange(len(problem)), values.argmax(1)] = True
+        return values
+
+    seek_holes(replace(problem, logits=logits), generator=generator(), steps=200, tracks=5)
+    assert visited.all()
+
+
+def test_the_line_search_halves_the_gap_to_the_boundary() -> None:
+    problem = linear_problem("l2", at_bounds=False, classes=2)
+    least = linear_distance(problem)
+    weight = linear_model(problem).weight
+    normal = weight[1 - problem.labels] - weight[problem.labels]
+    way = normal / normal.norm(dim=1, keepdim=True)
+    search = Search(replace(problem, bounds=(-50.0, 50.0)))
+    search.look(problem.inputs + 3 * least[:, None] * way)
+    inside = ((problem.inputs + 3 * least[:, None] * way - 1).abs() < 2).all(1)  # the box plays no part
+    search.pull_in(9)
+    assert inside.sum() >= 5
+    assert (search.best[inside] <= (1 + 3 / 2**9) * least[inside]).all()
+    assert search.evaluations.tolist() == [10] * len(problem)
 
 
 @pytest.mark.parametrize("norm", NORMS)
