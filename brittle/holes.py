@@ -136,17 +136,16 @@ def _pool_small(members: dict[tuple[int, int], Tensor]) -> list[tuple[tuple[int,
 def _merge_overlapping(
     parts: list[tuple[tuple[tuple[int, int], ...], Tensor]],
 ) -> list[tuple[tuple[int, int], ...]]:
-    """Join flows whose members overlap by more than `OVERLAP`, largest first."""
-    parts = sorted(parts, key=lambda p: int(p[1].sum()), reverse=True)
+    """Join flows whose members overlap by `OVERLAP` or more, largest first, until no two do."""
     merged: list[tuple[tuple[tuple[int, int], ...], Tensor]] = []
-    for flows, members in parts:
+    for flows, members in sorted(parts, key=lambda p: int(p[1].sum()), reverse=True):
         for k, (other_flows, other) in enumerate(merged):
-            if (members & other).sum() > OVERLAP * (members | other).sum():
+            if (members & other).sum() >= OVERLAP * (members | other).sum():
                 merged[k] = (other_flows + flows, members | other)
                 break
         else:
             merged.append((flows, members))
-    return [flows for flows, _ in merged]
+    return [flows for flows, _ in merged] if len(merged) == len(parts) else _merge_overlapping(merged)
 
 
 def _region(

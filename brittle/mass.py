@@ -7,12 +7,16 @@ absolute values; support is what part of the gross mass is left over as net.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from brittle.data import Examples
 from brittle.kernel.layers import units
+from brittle.kernel.quadrature import blocks
 from brittle.records import Groups
 from brittle.subject import Subject
 
@@ -50,19 +54,22 @@ def cluster_groups(subject: Subject, per_class: int, seed: int = 0) -> Groups:
 
 @torch.no_grad()
 def penultimate(subject: Subject, examples: Examples) -> Tensor:
-    """What enters the last module that owns parameters, flattened: (len(examples), D)."""
-    last = units(subject.model)[-1][1]
-    seen: list[Tensor] = []
+    """What enters the module with parameters that is called last, flattened: (len(examples), D)."""
+    entered: list[Tensor] = []
+    features: list[Tensor] = []
 
-    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0].detach().flatten(1).cpu())
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered[:] = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)][:1]
 
-    hook = last.register_forward_pre_hook(note)
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for _, module in units(subject.model)]
     try:
-        subject.predict(examples.inputs, FEATURE_BATCH)
+        for rows in blocks(len(examples), FEATURE_BATCH):
+            subject.predict(examples.inputs[rows], FEATURE_BATCH)
+            features.append(entered[0].detach().flatten(1).cpu())
     finally:
-        hook.remove()
-    return torch.cat(seen)
+        for hook in hooks:
+            hook.remove()
+    return torch.cat(features)
 
 
 def by_group(contributions: Tensor, groups: Groups) -> Tensor:
