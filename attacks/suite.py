@@ -17,7 +17,7 @@ import torch
 from brittle.attacks.bisection import auto_pgd_minimal
 from brittle.attacks.foolbox_suite import ddn, pgd
 from brittle.attacks.hole_seeking import seek_holes
-from brittle.attacks.isolation import Attack, Broken, isolated, joined
+from brittle.attacks.isolation import Attack, isolated, joined
 from brittle.attacks.problem import Problem
 from brittle.attacks.route import Guide
 from brittle.attacks.verify import verified
@@ -63,7 +63,7 @@ def run(
     epsilons: Mapping[Norm, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[AttackRows]:
-    """Attack every query with every attack of the preset; each returned row has been verified.
+    """Attack every query with every attack of the preset: verified records, one an attack and norm.
 
     Args:
         queries: right when clean.
@@ -72,13 +72,10 @@ def run(
         generator: of all random choices.
         preset: quick, standard or thorough.
         norms: in which to attack.
-        mass_evaluations: gradient evaluations that one call of `mass` and its backward pass cost an input; where
-            left out, the map's attribute of this name.
+        mass_evaluations: what one call of `mass` and its backward pass cost an input; where left out, the map's
+            attribute of this name.
         epsilons: budget of the fixed attacks by norm; `default_epsilon` where left out.
         progress: called with (done, total) after each block.
-
-    Returns:
-        One record an attack and norm, rows as in `queries`.
 
     Raises:
         DataError: a query that is wrong when clean, or none at all; a mass map without its groups or its cost.
@@ -86,20 +83,16 @@ def run(
     """
     _check(queries, preset)
     guide = _guide(mass, groups, mass_evaluations)
-    attacks = [
-        (norm, attack)
-        for norm in norms
-        for attack in _attacks(BUDGETS[preset], norm, guide, _epsilon(norm, subject, epsilons), generator)
-    ]
+    of_norm = lambda norm: _attacks(subject, preset, norm, guide, epsilons or {}, generator)  # noqa: E731
+    plan = [(norm, attack) for norm in norms for attack in of_norm(norm)]
     blocks = [queries[slice(k, k + BLOCK)] for k in range(0, len(queries), BLOCK)]
-    found, done = [], 0
-    for norm, attack in attacks:
-        parts: list[AttackRows | Broken] = []
-        for block in blocks:
+    found = []
+    for k, (norm, attack) in enumerate(plan):
+        parts = []
+        for b, block in enumerate(blocks):
             parts += isolated(attack, _problem(subject, block, norm))
-            done += 1
             if progress:
-                progress(done, len(attacks) * len(blocks))
+                progress(k * len(blocks) + b + 1, len(plan) * len(blocks))
         found.append(verified(joined(parts), subject, queries))
     return found
 
@@ -115,9 +108,16 @@ def default_epsilon(norm: Norm, subject: Subject) -> float:
 
 
 def _attacks(
-    budget: Budget, norm: Norm, guide: Guide | None, epsilon: float, generator: torch.Generator
+    subject: Subject,
+    preset: str,
+    norm: Norm,
+    guide: Guide | None,
+    epsilons: Mapping[Norm, float],
+    generator: torch.Generator,
 ) -> Iterator[Attack]:
     """The attacks of one norm."""
+    budget = BUDGETS[preset]
+    epsilon = epsilons[norm] if norm in epsilons else default_epsilon(norm, subject)
     yield lambda problem: seek_holes(
         problem,
         guide or "gradient",
@@ -138,10 +138,6 @@ def _problem(subject: Subject, queries: Queries, norm: Norm) -> Problem:
     device = next(subject.model.parameters()).device
     logits = partial(subject.class_logits, subject.model)
     return Problem(logits, queries.inputs.to(device), queries.targets.to(device), norm, subject.bounds)
-
-
-def _epsilon(norm: Norm, subject: Subject, epsilons: Mapping[Norm, float] | None) -> float:
-    return epsilons[norm] if epsilons and norm in epsilons else default_epsilon(norm, subject)
 
 
 def _guide(mass: MassMap | None, groups: Groups | None, evaluations: int | None) -> Guide | None:
