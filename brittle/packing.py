@@ -33,12 +33,19 @@ def unpack(arrays: Mapping[str, Tensor], tree: str, records: Mapping[str, type])
 def _down(value: Any, place: str, arrays: Arrays) -> Any:
     inside = lambda key: f"{place}.{key}" if place else str(key)  # noqa: E731
     if isinstance(value, Tensor):
-        arrays[place or "value"] = value
-        return {"array": place or "value"}
+        name = place or "value"
+        while name in arrays:  # {"a.b": x, "a": {"b": y}}
+            name += "'"
+        arrays[name] = value
+        return {"array": name}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _down(getattr(value, f.name), inside(f.name), arrays) for f in dataclasses.fields(value)}
         return {"record": type(value).__name__, "fields": fields}
     if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(
+                f"a stage's result may have text keys only, found {list(value)[:3]} at {place or 'its top'}"
+            )
         return {"dict": {key: _down(v, inside(key), arrays) for key, v in value.items()}}
     if isinstance(value, (tuple, list)):
         kind = "tuple" if isinstance(value, tuple) else "list"

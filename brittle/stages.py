@@ -66,7 +66,7 @@ class Stages:
         arrays, tree = pack(value)
         self._run.save(name, arrays, {"tree": tree, "cost": cost.model_dump_json()})
         self._costs.append(cost)
-        return value
+        return unpack(arrays, tree, self._records)  # as a resumed audit will read it
 
     def generator(self, name: str) -> torch.Generator:
         """The stage's own randomness."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,9 +83,8 @@ def test_clusters_are_found_within_the_classes() -> None:
     for c, n in ((0, 40), (1, 25)):
         rows = (subject.train.targets == c).nonzero()[:, 0]
         blob = torch.arange(n) * 2 // n
-        assert len({(int(b), int(g)) for b, g in zip(blob, groups.labels[rows], strict=True)}) == 2, (
-            "one blob, one group"
-        )
+        together = {(int(b), int(g)) for b, g in zip(blob, groups.labels[rows], strict=True)}
+        assert len(together) == 2, "one blob, one group"
 
 
 def test_clusters_depend_on_their_seed_alone() -> None:
@@ -160,10 +160,9 @@ def test_the_late_path_averages_the_later_half(tmp_path: Path, monkeypatch: pyte
         expected.append(model(inputs).softmax(1))
     assert torch.allclose(found, torch.stack(expected).mean(0))
     lead = found.gather(1, pairs.predicted[:, None])[:, 0].log()
-    others = [
-        max(p for c, p in enumerate(row) if c != own) for row, own in zip(found.tolist(), pairs.predicted, strict=True)
-    ]
-    assert torch.allclose(late_path(found, pairs), torch.tensor(others).log() - lead)
+    for m, own in enumerate(pairs.predicted.tolist()):
+        best = max(p for c, p in enumerate(found[m].tolist()) if c != own)
+        assert late_path(found, pairs)[m] == pytest.approx(math.log(best) - lead[m].item())
 
 
 def test_the_late_path_is_carried_on_in_a_straight_line() -> None:
