@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from brittle.agreement import wilson
 from brittle.assemble.estimates import median
 from brittle.assemble.evidence import Evidence
-from brittle.attacks.envelope import envelope
+from brittle.attacks.envelope import envelope, smallest
 from brittle.findings import AttackResult, Attacks
 from brittle.records import AttackRows, Norm
 
@@ -17,8 +19,9 @@ def attacks(e: Evidence) -> Attacks:
     sealed = e.split.sealed
     results = []
     for norm in norms_of(e.attacked):
-        smallest = envelope(e.attacked, norm)
-        results += [_attack(rows, smallest) for rows in e.attacked if rows.norm == norm] + [_attack(smallest, None)]
+        nearest = smallest(e.attacked, norm)
+        results += [_attack(rows, nearest[rows.attack]) for rows in e.attacked if rows.norm == norm]
+        results.append(_attack(envelope(e.attacked, norm), None))
     return Attacks(inputs=int(sealed.right.sum()), wrong_when_clean=int((~sealed.right).sum()), results=results)
 
 
@@ -27,20 +30,17 @@ def norms_of(rows: Sequence[AttackRows]) -> list[Norm]:
     return list(dict.fromkeys(r.norm for r in rows))
 
 
-def _attack(rows: AttackRows, smallest: AttackRows | None) -> AttackResult:
-    """One attack's figures. smallest: the envelope in the same norm, None for the envelope itself."""
+def _attack(rows: AttackRows, nearest: Tensor | None) -> AttackResult:
+    """One attack's figures. nearest: where it came as near as any, (M,); None for the envelope itself."""
     count = len(rows.success)
-    share = None
-    if smallest is not None and rows.kind == "minimal":
-        share = (rows.success & (rows.distance <= smallest.distance * (1 + 1e-6))).double().mean().item()
     return AttackResult(
         name=rows.attack,
         norm=rows.norm,
-        kind="envelope" if smallest is None else rows.kind,
+        kind="envelope" if nearest is None else rows.kind,
         epsilon=rows.epsilon,
         inputs=count,
         success=wilson(int(rows.success.sum()), count),
         median_distance=median(rows.distance.double()),
-        smallest_share=share,
+        smallest_share=nearest.double().mean().item() if nearest is not None and rows.kind == "minimal" else None,
         evaluations=rows.evaluations.double().mean().item(),
     )

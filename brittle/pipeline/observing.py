@@ -29,7 +29,7 @@ def attacks(c: Context, memory: Memory) -> list[AttackRows]:
             c.subject,
             right,
             mass=differentiable_mass(route, c.subject, c.device),
-            mass_evaluations=route.evaluations,
+            mass_evaluations=2 * route.evaluations,  # with its backward pass
             groups=by_class,
             generator=generator,
             preset=c.preset,
