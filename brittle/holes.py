@@ -158,6 +158,8 @@ def _region(
     members = (shares <= 1).any(1).nonzero()[:, 0]
     share, which = shares[members].min(1)
     family_of = torch.tensor(families)[which]
+    main = (leak.from_class[members, family_of] == flows[0][0]) & (leak.to_class[members, family_of] == flows[0][1])
+    main = main if main.any() else torch.ones_like(main)
     counts = torch.bincount(family_of, minlength=leak.share.shape[1])
     opened = [int(f) for f in counts.argsort(descending=True, stable=True) if counts[f] > 0]
     return Region(
@@ -167,8 +169,8 @@ def _region(
         family_of=family_of,
         share=share,
         rate=rate(share),
-        from_group=int(leak.from_group[members, family_of].mode().values),
-        to_group=int(leak.to_group[members, family_of].mode().values),
+        from_group=int(leak.from_group[members, family_of][main].mode().values),
+        to_group=int(leak.to_group[members, family_of][main].mode().values),
         exemplar=int(members[_most_typical(leak.shift[members, family_of])]),
     )
 

@@ -79,7 +79,7 @@ class Stages:
 
     @contextmanager
     def _bar(self, title: str) -> Iterator[Progress]:
-        with tqdm(desc=title, leave=False, disable=not self._bars, delay=1.0, mininterval=0.3) as bar:
+        with tqdm(desc=title, leave=False, disable=None if self._bars else True, delay=1.0, mininterval=0.3) as bar:
 
             def progress(done: int, total: int) -> None:
                 bar.total = total

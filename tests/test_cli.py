@@ -328,7 +328,7 @@ def test_explain_says_which_queries_there_are(run: Path, capsys: pytest.CaptureF
 
 def test_verify_finds_damage(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(run)]) == 0
-    assert capsys.readouterr().out == f"{run}: 5 files are whole, the findings obey their schema\n"
+    assert capsys.readouterr().out == f"{run}: 6 files are whole, the findings obey their schema\n"
     (run / "findings.json").write_text("{}")
     says(capsys, 4, r".*findings.json is damaged: its checksum is", "verify", str(run))
 

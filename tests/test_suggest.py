@@ -170,10 +170,10 @@ class TestRegions:
         ("families", "share", "looks"),
         [
             (["rotation"], 0.6, "turned by about 12 degrees"),
-            (["translation"], 0.6, "off centre by about 6 % of the width"),
+            (["translation"], 0.6, "off centre by about 6% of the width"),
             (["margin gradient"], 0.6, "between the two classes, by about 0.3 in L2"),
             (["rotation", "translation", "margin gradient"], 0.5,
-             "turned by about 10 degrees or off centre by about 5 % of the width"),
+             "turned by about 10 degrees or off centre by about 5% of the width"),
             (["smoke"], 0.6, "under smoke"),
             (["rotation"], None, "under rotation"),
             ([], 0.6, "like its members"),

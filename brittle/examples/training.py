@@ -60,7 +60,13 @@ def train(model: nn.Module, data: Examples, recipe: Recipe, path: Path | None = 
     model.train()
     with (
         Recorder(model, optimizer, path) if path else nullcontext() as recorder,
-        tqdm(total=steps, desc=bar, unit="step", mininterval=0.5, disable=not bar or QUIET in os.environ) as progress,
+        tqdm(
+            total=steps,
+            desc=bar,
+            unit="step",
+            mininterval=0.5,
+            disable=None if bar and QUIET not in os.environ else True,
+        ) as progress,
     ):
         for _ in range(recipe.epochs):
             for ids in torch.randperm(len(data), generator=order).split(recipe.batch):

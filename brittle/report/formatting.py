@@ -55,6 +55,8 @@ def number(value: float | None, digits: int = 3) -> str:
 
     >>> number(1234567), number(0.000731), number(-2.5), number(None)
     ('1,234,567', '0.000731', '−2.5', '–')
+    >>> number(120.3), number(10.5, 2), number(99.96)
+    ('120', '10', '100')
     """
     if value is None or not math.isfinite(value):
         return _not_finite(value)
@@ -62,8 +64,9 @@ def number(value: float | None, digits: int = 3) -> str:
         return _minus(f"{value:.{digits - 1}e}")
     if float(value).is_integer() or abs(value) >= 10**digits:
         return _minus(f"{value:,.0f}")
-    decimals = digits - 1 - math.floor(math.log10(abs(value)))
-    return _minus(f"{value:,.{decimals}f}".rstrip("0").rstrip("."))
+    decimals = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
+    text = f"{value:,.{decimals}f}"
+    return _minus(text.rstrip("0").rstrip(".") if "." in text else text)
 
 
 def fixed(value: float | None, decimals: int = 2) -> str:

@@ -8,7 +8,7 @@ from brittle.findings import Hole, RegionSuggestion
 from brittle.probes import Family
 
 WANTED = {
-    "brightness": "brighter and darker by {size}",
+    "brightness": "brighter or darker by {size}",
     "contrast": "paler by {size}",
     "noise": "noisy, by {size}",
     "blur": "out of focus by {size}",
@@ -59,5 +59,5 @@ def _kind(name: str, families: dict[str, Family], share: float | None) -> str:
 
 def _size(severity: float, unit: str) -> str:
     if unit.startswith("share "):
-        return f"about {100 * severity:.0f} % {unit.removeprefix('share ')}"
+        return f"about {100 * severity:.0f}% {unit.removeprefix('share ')}"
     return f"about {severity:.2g} in L2" if unit == "L2" else f"about {severity:.2g} {unit}"

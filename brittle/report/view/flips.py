@@ -36,6 +36,7 @@ class FlipView:
     before: str
     after: str
     account: str
+    note: str
     leaving: tuple[ExampleView, ...]
     arriving: tuple[ExampleView, ...]
 
@@ -59,6 +60,7 @@ def _flip(flip: Flip) -> FlipView:
         before=flip.picture_before,
         after=flip.picture_after,
         account=flip.account,
+        note=_note(flip),
         leaving=tuple(_example(e, largest) for e in flip.leaving),
         arriving=tuple(_example(e, largest) for e in flip.arriving),
     )
@@ -73,4 +75,14 @@ def _example(example: ExampleShift, largest: float) -> ExampleView:
         after=signed(example.after),
         change=signed(example.change),
         share=abs(example.change) / largest,
+    )
+
+
+def _note(flip: Flip) -> str:
+    """What to make of arrivals that are not of the class that wins."""
+    if any(example.class_name == flip.after_class for example in flip.arriving):
+        return ""
+    return (
+        f"No example of {flip.after_class} speaks louder than before: support and opposition both fade here, and the "
+        "support fades faster."
     )
