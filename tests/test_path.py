@@ -28,7 +28,7 @@ from brittle.errors import DamagedFileError, DataError, NotFiniteError, PathMism
 from brittle.path import recorder as recording
 from brittle.path.flat import FlatModel, layout, state_of
 from brittle.path.recorder import Recorder
-from brittle.path.replay import check_path, drift_of, replay, walk
+from brittle.path.replay import _run, batch_gradient, check_path, drift_of, replay, walk
 from brittle.path.store import PathReader
 from brittle.shards import whole
 from brittle.subject import Subject
@@ -79,6 +79,39 @@ def test_running_statistics_replay_with_the_weights(case: str, tmp_path: Path) -
     for step in steps:
         before = training.seen.steps[step.index].before
         assert torch.allclose(step.state, reference.flat(before, training.seen), atol=1e-10)
+
+
+@pytest.mark.parametrize("recipe", ["momentum l2", "nesterov l2", "adamw", "groups", "one cycle adam"])
+def test_replayed_steps_are_the_trainings_to_the_last_bit(recipe: str, tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
+    training = train("cnn batch norm", recipe, tmp_path, budget=3000)
+    [(start, stop), *_] = pairwise(training.path.marks)
+    assert stop - start >= 8
+    interval = replay(training.path, training.subject, FlatModel(training.subject.model), start, stop)
+    for step in interval.steps:
+        assert torch.equal(step.state, reference.flat(training.seen.state(step.index), training.seen))
+    assert interval.drift == 0
+
+
+def test_noise_that_adam_blows_up_on_another_machine_is_no_drift(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bias before the normalization has no gradient but for rounding, and Adam moves it all the same."""
+    training = train(
+        "batch norm", replace(RECIPES["adamw"], optimizer=lambda m: AdamW(m.parameters(), eps=1e-16)), tmp_path
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def elsewhere(subject: Subject, flat: FlatModel, ids: Tensor) -> Tensor:
+        gradient = batch_gradient(subject, flat, ids)
+        return gradient + 1e-12 * gradient.abs().max() * torch.randn(gradient.shape, generator=generator)
+
+    path, flat = training.path, FlatModel(training.subject.model)
+    monkeypatch.setattr("brittle.path.replay.batch_gradient", elsewhere)
+    check_path(path, training.subject)
+    states = [path.snapshot(s).state for s in (0, 1)]
+    _, reached = _run(path, training.subject, flat, path.snapshot(0), 1)
+    assert drift_of(states[0], reached, states[1], flat.parameters) > 0.05, "it would count otherwise"
 
 
 def test_the_walk_back_is_the_walk_reversed(tmp_path: Path) -> None:
@@ -346,6 +379,8 @@ def test_drift_is_the_larger_of_weights_and_statistics_beyond_rounding() -> None
     tiny = torch.tensor([1e-17, 0.0, 0.0, 0.0])
     assert drift_of(after, after + tiny, after, 2) == 0, "a step shorter than rounding cannot be told apart"
     assert not drift_of(before, after * torch.nan, after, 2) <= 1e9
+    noise = torch.tensor([False, True, False, False])
+    assert drift_of(before, after + off, after, 2, noise) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

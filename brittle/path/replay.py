@@ -1,9 +1,9 @@
 """Walk the recorded path step by step; replay the steps between two stored states and check where they end.
 
-A replayed step recomputes the batch's gradient at w_j in training mode, spends it by the optimizer's rule
-(`rules.advance`), and so reaches w_{j+1}. At the next stored state the replay is compared with what training
-really reached: `drift` is the distance between them, beyond rounding, over the length of the interval; the larger
-one of weights and running statistics. Other data, another loss, or randomness that was not recorded shows there.
+A replayed step recomputes the batch's gradient at w_j in training mode, gives it to torch's own optimizer
+(`resume`), and so reaches w_{j+1}. At the next stored state the replay is compared with what training really
+reached: `drift` is the distance between them, beyond rounding, over the length of the interval; the larger one of
+weights and running statistics. Other data, another loss, or randomness that was not recorded shows there.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from torch.nn.functional import pad
 
 from brittle.errors import NotFiniteError, PathMismatchError
 from brittle.path.flat import FlatModel, layout, state_of
-from brittle.path.rules import StepRule, advance, second_moment_after, step_rule
+from brittle.path.resume import resume, second_moment, spend
+from brittle.path.rules import StepRule, step_rule
 from brittle.path.store import PathReader, Snapshot
 from brittle.subject import Subject
 
 DRIFT_LIMIT = 0.01
 """Drift above which a path is taken to belong to another training."""
+
+NOISE = 1e-4
+"""Share of the largest gradient below which Adam's steps may follow rounding errors."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def replay(path: PathReader, subject: Subject, flat: FlatModel, start: int, stop
         rule = step_rule(path.recipe(start).to(flat.state.device), _second_moment(after, len(flat)))
         return Interval([WalkedStep(start, before.state, seen.ids, rule)], after.state, drift=0.0)
     steps, reached = _run(path, subject, flat, before, stop)
-    drift = drift_of(before.state, reached, after.state, flat.parameters)
+    drift = drift_of(before.state, reached, after.state, flat.parameters, _noise(flat, after))
     if not drift <= DRIFT_LIMIT:
         raise PathMismatchError(
             f"the path must replay: from step {start} to {stop} it ends {drift:.2%} of the way off; the model, loss, "
@@ -81,17 +85,19 @@ def replay(path: PathReader, subject: Subject, flat: FlatModel, start: int, stop
     return Interval(steps, after.state, drift)
 
 
-def drift_of(before: Tensor, reached: Tensor, recorded: Tensor, parameters: int) -> float:
+def drift_of(before: Tensor, reached: Tensor, recorded: Tensor, parameters: int, noise: Tensor | None = None) -> float:
     """How far a replay from `before` ends off the recorded state, over the length of the way. All (P,).
 
     Steps that are shorter than the rounding of the weights, as at the end of a schedule, cannot be told apart: a
-    distance of one rounding error a coordinate is left out.
+    distance of one rounding error a coordinate is left out, and so are coordinates that are `noise`.
     """
+    off, way = (reached - recorded).double(), (recorded - before).double()
+    if noise is not None:
+        off, way = off * ~noise, way * ~noise
     parts = []
     for part in (slice(None, parameters), slice(parameters, None)):
-        off, way = (reached - recorded)[part].double().norm(), (recorded - before)[part].double().norm()
         rounding = torch.finfo(recorded.dtype).eps * recorded[part].double().norm()
-        parts.append(((off - rounding).clamp_min(0) / way.clamp_min(1e-30)).item())
+        parts.append(((off[part].norm() - rounding).clamp_min(0) / way[part].norm().clamp_min(1e-30)).item())
     return torch.tensor(parts).max().item()  # NaN, if either is
 
 
@@ -138,11 +144,12 @@ def check_path(path: PathReader, subject: Subject) -> None:
         start, stop = next((a, b) for a, b in intervals(path) if a <= step < b)
         before, after = (path.snapshot(at).to(flat.state.device) for at in (start, stop))
         _, end = _run(path, subject, flat, before, stop)
-        off = drift_of(before.state, end, after.state, flat.parameters)
+        off = drift_of(before.state, end, after.state, flat.parameters, _noise(flat, after))
         if not off <= DRIFT_LIMIT:
             raise PathMismatchError(
                 f"recomputing step {step} must reproduce the recorded weights, it ends {off:.0%} of the step off; "
-                "the training data, their order (ids), the loss or the normalization differ from the training's"
+                "the training data, their order (ids), the loss or the normalization differ from the training's, or "
+                "its inputs were augmented; hand over what it saw, or audit without a path"
             )
 
 
@@ -150,30 +157,38 @@ def _run(
     path: PathReader, subject: Subject, flat: FlatModel, before: Snapshot, stop: int
 ) -> tuple[list[WalkedStep], Tensor]:
     """Replay from a snapshot up to step `stop`: the steps, and the state reached."""
-    size, state = len(flat), before.state
-    buffer, moment = _padded(before, 0, size), _second_moment(before, size)
+    flat.load(before.state)
+    optimizer = resume(path.recipe(before.step), flat, before)
     steps = []
     for index in range(before.step, stop):
-        ids, recipe = path.step(index).ids, path.recipe(index).to(state.device)
-        flat.load(state)
-        gradient = batch_gradient(subject, flat, ids)
-        if moment is not None:
-            moment = second_moment_after(recipe, moment, gradient, state)
-        rule = step_rule(recipe, moment)
-        steps.append(WalkedStep(index, state, ids, rule))
-        buffer, moved = advance(rule, buffer, gradient, state)
-        state = torch.cat([(state + moved)[: flat.parameters], flat.state[flat.parameters :]])
-    return steps, state
+        ids, recipe, state = path.step(index).ids, path.recipe(index).to(flat.state.device), flat.state.clone()
+        spend(optimizer, recipe, flat, batch_gradient(subject, flat, ids))  # the loss moves the running statistics
+        steps.append(WalkedStep(index, state, ids, step_rule(recipe, second_moment(optimizer, flat))))
+    return steps, flat.state.clone()
+
+
+def _noise(flat: FlatModel, after: Snapshot) -> Tensor | None:
+    """Coordinates that cannot be replayed on another machine: (P,) bool, None for SGD.
+
+    Where the gradient vanishes but for rounding, as for a bias before batch normalization, Adam divides rounding
+    errors by their own size. The running means behind such biases move with them.
+    """
+    moment = _second_moment(after, len(flat))
+    if moment is None:
+        return None
+    size = moment.sqrt()
+    noise = size <= NOISE * size.max()
+    noise[flat.parameters :] = False
+    for slot in flat.slots:
+        if slot.name.endswith("running_mean"):
+            noise[slot.start : slot.stop] = True
+    return noise
 
 
 def _second_moment(snapshot: Snapshot, size: int) -> Tensor | None:
-    return _padded(snapshot, 1, size) if len(snapshot.buffers) > 1 else None
-
-
-def _padded(snapshot: Snapshot, which: int, size: int) -> Tensor:
-    """The optimizer's buffer number `which` over the whole state, shape (P,)."""
-    buffer = list(snapshot.buffers.values())[which]
-    return pad(buffer, (0, size - len(buffer)))
+    """Adam's `exp_avg_sq` over the whole state, shape (P,); None for SGD."""
+    moment = snapshot.buffers.get("exp_avg_sq")
+    return None if moment is None else pad(moment, (0, size - len(moment)))
 
 
 def _describe(slots: list[tuple[str, tuple[int, ...], bool]]) -> str:

@@ -152,13 +152,6 @@ def check_settings(first: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str
             )
 
 
-def second_moment_after(recipe: Recipe, before: Tensor, gradient: Tensor, weights: Tensor) -> Tensor:
-    """Adam's `exp_avg_sq` after a step from what it was before. All (P,); gradient is not yet clipped."""
-    beta2 = recipe.spread([float(s["betas"][1]) for s in recipe.settings])
-    l2 = step_rule(recipe, before).l2
-    return beta2 * before + (1 - beta2) * (recipe.clip * gradient + l2 * weights).square()
-
-
 def advance(rule: StepRule, buffer: Tensor, gradient: Tensor, decayed: Tensor | None) -> tuple[Tensor, Tensor]:
     """One step: the new buffer and the displacement, both of `gradient`'s shape (..., P).
 
