@@ -360,7 +360,5 @@ class Crowd(Asking):
 
 def test_a_module_that_cannot_run_on_one_example_is_refused_by_name() -> None:
     model, x = made(Crowd, (2,))
-    with pytest.raises(
-        UnsupportedError, match=r"at a time, the model \(Crowd\) raised ValueError: too few"
-    ):
+    with pytest.raises(UnsupportedError, match=r"at a time, the model \(Crowd\) raised ValueError: too few"):
         rows_of(model, x)
