@@ -73,7 +73,7 @@ class Recorder:
         self._statistics = statistics_of(model).cpu()
         self._steps: list[Step] = []
         self._snapshots: list[Snapshot] = []
-        self._written, self._since = 0, time.monotonic()
+        self._pending, self._written, self._since = 0, 0, time.monotonic()  # bytes in memory, bytes on disk
         moved = {slot.name for slot, owner in zip(self._slots, self._owner, strict=True) if owner >= 0}
         self._watch = GradientWatch({name: p for name, p in self._parameters.items() if name in moved})
         self._hooks = [
@@ -134,6 +134,7 @@ class Recorder:
         check_modes(self._model)
         if self.steps % self.every == 0:
             self._snapshots.append(self._snapshot())
+            self._pending += self._snapshots[-1].nbytes
         lr = tuple(float(g["lr"]) for g in self._optimizer.param_groups)
         self._steps.append(Step(self._ids, lr, settings, self._watch.factor()))
         self._ids = None
@@ -141,8 +142,7 @@ class Recorder:
     def _after_step(self, *_: Any) -> None:
         self.steps += 1
         self._statistics = statistics_of(self._model).cpu()
-        size = sum(s.nbytes for s in self._snapshots)
-        full = size >= min(BLOCK_BYTES, self.budget / BLOCKS_IN_BUDGET)
+        full = self._pending >= min(BLOCK_BYTES, self.budget / BLOCKS_IN_BUDGET)
         if full or time.monotonic() - self._since > BLOCK_SECONDS:
             self._flush()
 
@@ -190,7 +190,7 @@ class Recorder:
     def _flush(self) -> None:
         """Write the block; halve the density of stored states until the budget holds."""
         write_block(self.root, self.steps - len(self._steps), self._steps, self._snapshots)
-        self._written += sum(s.nbytes for s in self._snapshots)
+        self._written, self._pending = self._written + self._pending, 0
         self._steps, self._snapshots, self._since = [], [], time.monotonic()
         while self._written > self.budget * (1 - 1 / BLOCKS_IN_BUDGET) and self.every <= self.steps:
             self.every *= 2

@@ -185,7 +185,7 @@ class PathReader:
             marks += block["at"].tolist()
             if len(block["at"]):
                 self._dtype = block["state"].dtype
-            self.largest_id = max([self.largest_id, *block["ids"].tolist()])
+            self.largest_id = max(self.largest_id, int(block["ids"].max()) if len(block["ids"]) else -1)
             self.visits += len(block["ids"])
             reached = first + len(block["counts"])
         if reached != self.steps or marks[:1] != [0] or marks[-1] != self.steps:
