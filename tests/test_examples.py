@@ -202,7 +202,6 @@ def test_fashion_mnist_is_named_by_the_environment_and_options(root: Path, monke
     assert accuracy(made, made.test) > 0.9
 
 
-
 def test_a_large_limit_leaves_the_pool_alone(root: Path) -> None:
     made = fashion_mnist.make(str(root), epochs=1, limit=1000)
     assert made.pool is not None

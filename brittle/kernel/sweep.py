@@ -42,10 +42,10 @@ class Quadrature:
     tolerance: the relative residual aimed at; a segment may miss tolerance * (learned change) / sqrt(segments).
     """
 
-    segment: int = 4
-    nodes: int = 2
-    most: int = 18
-    tolerance: float = 0.01
+    segment: int = 8
+    nodes: int = 3
+    most: int = 27
+    tolerance: float = 0.02
 
 
 @dataclass(frozen=True)
