@@ -24,7 +24,7 @@ def headline(findings: Findings, report: Path | str) -> str:
     rows = [("subject", f"{first.name}, {first.path}")]
     for card in first.cards:
         amounts = ", ".join(" ".join(filter(None, (a.label, a.value, a.interval))) for a in card.amounts)
-        rows.append((card.title.lower(), f"{amounts}; {card.note}" + (f" ({card.verdict})" if card.verdict else "")))
+        rows.append((card.title.lower(), f"{amounts}  {card.note}" + (f" ({card.verdict})" if card.verdict else "")))
     tested = [hole.test for hole in findings.holes if hole.test is not None]
     confirmed = sum(test.verdict == "pass" for test in tested)
     rows += [

@@ -39,7 +39,8 @@ def holes_of_queries(e: Evidence) -> list[list[int]]:
 def _hole(e: Evidence, number: int, region: Region, leak: Leak, failed: Tensor, right: Tensor) -> Hole:
     names, ids = e.subject.class_names, e.split.predict.ids
     start, end = region.flows[0]
-    ends = " or ".join(dict.fromkeys(names[b] for _, b in region.flows[:NAMED_ENDS]))
+    *first, last = dict.fromkeys(names[b] for _, b in region.flows[:NAMED_ENDS])
+    ends = f"{', '.join(first)} or {last}" if first else last
     opened = [e.families[f].name for f in region.families]
     inside, family_of = membership(region, leak)
     inside = inside & right
