@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from cases import float64 as float64
 from torch import Tensor, nn
 
 from brittle.data import Examples
-from brittle.kernel.differentiable import differentiable_mass
+from brittle.kernel.differentiable import _row_after_row, differentiable_mass
 from brittle.kernel.displacement import displaced, even_cuts
 from brittle.kernel.memory import Memory, build, fine_mass, mass
 from brittle.kernel.sweep import Quadrature, sweep
@@ -234,6 +235,25 @@ def test_the_differentiable_mass_is_the_mass_and_its_gradient_finite_differences
         (weights * mass(memory, training.subject, inputs + h * direction, pairs)[:, :-1]).sum() for h in (1e-5, -1e-5)
     ]
     assert torch.allclose((gradient * direction).sum(), (ends[0] - ends[1]) / 2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_layer_that_vmap_differentiates_wrongly_is_taken_row_by_row(
+    trusted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's own layer normalization is such a layer; written out, it is not."""
+    if not trusted:
+        monkeypatch.setattr("brittle.kernel.differentiable._LayerNormWrittenOut", nullcontext)
+    calls: list[int] = []
+    monkeypatch.setattr(
+        "brittle.kernel.differentiable._row_after_row", lambda *args: calls.append(1) or _row_after_row(*args)
+    )
+    training = train("layer norm", "momentum", tmp_path)
+    memory = build(training.path, training.subject, class_groups(training.subject), segments=2, nodes=1)
+    mass_of = differentiable_mass(memory, training.subject)
+    assert calls == [1], "the check"
+    mass_of(*queries(training.subject))
+    assert len(calls) == (1 if trusted else 3)
 
 
 def test_the_differentiable_mass_of_a_row_depends_on_that_row_alone(tmp_path: Path) -> None:
