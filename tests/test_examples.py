@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,9 @@ def test_the_progress_bar_can_be_turned_off(
 ) -> None:
     data, recipe = small()
     monkeypatch.delenv(training.QUIET, raising=False)
+    training.train(digits.network(0), data, recipe, bar="training on something")
+    assert capsys.readouterr().err == "", "a file or a pipe is no place for a bar"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     training.train(digits.network(0), data, recipe, bar="training on something")
     assert "training on something" in capsys.readouterr().err
     training.train(digits.network(0), data, recipe)
