@@ -154,7 +154,7 @@ def test_blocks_of_inputs_do_not_matter(tmp_path: Path, monkeypatch: pytest.Monk
     training = train("cnn batch norm", "momentum", tmp_path)
     memory = build(training.path, training.subject, class_groups(training.subject), segments=3)
     whole, told = masses(training, memory), []
-    monkeypatch.setattr("brittle.kernel.memory.BLOCK", 1)
+    monkeypatch.setattr("brittle.kernel.quadrature.BLOCK", 1)
     inputs, pairs = queries(training.subject)
     found = mass(memory, training.subject, inputs, pairs, progress=lambda done, of: told.append((done, of)))
     assert torch.allclose(found, whole, atol=1e-12)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from brittle.kernel.displacement import displaced, even_cuts
-from brittle.kernel.quadrature import BLOCK, blocks, check_outputs, midpoints, output_gradients
+from brittle.kernel.quadrature import check_outputs, midpoints, output_gradients, row_blocks
 from brittle.path.flat import FlatModel
 from brittle.path.store import PathReader
 from brittle.records import Groups, Pairs
@@ -141,7 +141,7 @@ def _add_mass(
     """Add the mass of R inputs, node by node, to `total` (R, G + 1)."""
     for k, (state, moved) in enumerate(memory.points()):
         moved = moved.to(flat.state)
-        for rows in blocks(len(inputs), BLOCK):
+        for rows in row_blocks(len(inputs), flat):
             gradients = output_gradients(subject, flat, state, inputs[rows], pairs[rows])
             total[rows] += (gradients @ moved.T).double().cpu()
         if progress:

@@ -23,7 +23,10 @@ from brittle.records import Pairs
 from brittle.subject import Subject
 
 BLOCK = 256
-"""Rows whose gradients are formed at once."""
+"""Rows whose gradients are formed at once, at most."""
+
+BLOCK_BYTES = 24 << 20
+"""Bytes of row gradients at most: larger allocations go back to the system each time, and cost their pages anew."""
 
 CHECKED = 5
 """Rows whose gradients are held against plain autograd before a model is trusted."""
@@ -112,6 +115,12 @@ def blocks(count: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, count)) for i in range(0, count, size))
 
 
+def row_blocks(count: int, flat: FlatModel) -> Iterator[slice]:
+    """Slices that cover `count` rows, as many at once as their gradients (P,) leave room for."""
+    row = len(flat) * flat.state.element_size()
+    return blocks(count, max(1, min(BLOCK, BLOCK_BYTES // max(row, 1))))
+
+
 def _average(
     subject: Subject, flat: FlatModel, low: Tensor, high: Tensor, inputs: Tensor, pairs: Pairs, at: Sequence[float]
 ) -> Tensor:
@@ -119,6 +128,6 @@ def _average(
     out = flat.state.new_zeros(len(inputs), len(flat))
     for t in at:
         state = torch.lerp(low, high, t)
-        for rows in blocks(len(inputs), BLOCK):
-            out[rows] += output_gradients(subject, flat, state, inputs[rows], pairs[rows]) / len(at)
+        for rows in row_blocks(len(inputs), flat):
+            out[rows].add_(output_gradients(subject, flat, state, inputs[rows], pairs[rows]), alpha=1 / len(at))
     return out

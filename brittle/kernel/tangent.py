@@ -21,7 +21,7 @@ from torch import Tensor
 from brittle.data import Examples
 from brittle.kernel.gradients import row_gradients
 from brittle.kernel.memory import Memory
-from brittle.kernel.quadrature import BLOCK, blocks, check_outputs, output_gradients
+from brittle.kernel.quadrature import check_outputs, output_gradients, row_blocks
 from brittle.path.flat import FlatModel
 from brittle.records import Groups, Pairs
 from brittle.subject import Subject
@@ -73,14 +73,14 @@ def _jacobians(subject: Subject, flat: FlatModel, inputs: Tensor, pairs: Pairs) 
     """Output gradients at the final weights, block by block: (B, P), 0 for running statistics."""
     check_outputs(subject, flat)
     final = flat.state.clone()
-    for rows in blocks(len(inputs), BLOCK):
+    for rows in row_blocks(len(inputs), flat):
         yield _of_parameters(flat, output_gradients(subject, flat, final, inputs[rows], pairs[rows]))
 
 
 def _loss_gradients(subject: Subject, flat: FlatModel, progress: Progress | None) -> Iterator[tuple[slice, Tensor]]:
     """Row gradients of the mean training loss in evaluation mode: slices of the data and (B, P)."""
     model, train = flat.eval(), subject.train
-    for rows in blocks(len(train), BLOCK):
+    for rows in row_blocks(len(train), flat):
         inputs = train.inputs[rows].to(flat.state)
         targets = train.targets[rows].to(flat.state.device)
         share = len(inputs) / len(train)
