@@ -17,11 +17,9 @@ from brittle.probes import (
     Family,
     class_distance,
     direction_families,
-    failure_level,
     families_for,
     image_families,
     margin_gradient,
-    observed_failure,
 )
 from brittle.probes.images import blur, occlusion, rotation, translation
 from brittle.records import Pairs
@@ -311,39 +309,3 @@ class TestDirections:
         single = Subject(subject.model, Examples(x, torch.zeros(4, dtype=torch.int64)), subject.test)
         with pytest.raises(DataError, match="at least two classes"):
             class_distance(single, seeded())
-
-
-class TestObservedFailure:
-    def test_a_linear_model_fails_just_beyond_its_boundary(self) -> None:
-        """Along the steepest descent a linear margin m with gradient g is gone at severity m / |g|."""
-        subject = linear_subject((30,), classes=2)
-        inputs = 0.4 + 0.2 * uniform(25, (30,))
-        margin, gradient = margin_gradient(subject, inputs)
-        targets = subject.predict(inputs).argmax(1)
-        descent = direction_families(subject, seeded())[1]
-        draws = descent.draw(inputs, seeded())
-        distance = margin / gradient.norm(dim=1)  # shape: (M,)
-        probe = descent.apply(inputs, distance, draws)
-        inside = ((probe > 0) & (probe < 1)).all(1)
-        assert inside.sum() >= 10
-        for i in inside.nonzero()[:, 0].tolist():
-            levels = [factor * distance[i].item() / descent.reference for factor in (0.99, 1.01)]
-            failed = observed_failure(subject, inputs[[i]], targets[[i]], descent, draws[[i]], levels)
-            assert failed.tolist() == [[False, True]]
-
-    def test_level_zero_is_the_clean_error_and_the_batch_size_does_not_matter(self) -> None:
-        subject, inputs = linear_subject((1, 8, 8)), uniform(23, (1, 8, 8))
-        targets = torch.randint(3, (23,), generator=seeded())
-        f = family("noise")
-        draws, calls = f.draw(inputs, seeded()), list[tuple[int, int]]()
-        whole = observed_failure(subject, inputs, targets, f, draws, [0, 0.5, 1])
-        parts = observed_failure(
-            subject, inputs, targets, f, draws, [0, 0.5, 1], batch=10, progress=lambda *a: calls.append(a)
-        )
-        assert torch.equal(whole, parts)
-        assert torch.equal(whole[:, 0], subject.predict(inputs).argmax(1) != targets)
-        assert calls == [(10, 23), (20, 23), (23, 23)]
-
-    def test_failure_level(self) -> None:
-        failed = torch.tensor([[False, True, False], [False, False, False], [True, True, True]])
-        assert failure_level(failed, [0.5, 1.0, 2.0]).tolist() == [1.0, math.inf, 0.5]

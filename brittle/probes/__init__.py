@@ -1,6 +1,6 @@
 """Probes: families of small changes whose severity grows from nothing, so that each traces one curve.
 
-family       what a family is; failures observed at its levels
+family       what a family is
 images       brightness, contrast, noise, blur, rotation, translation, occlusion
 directions   a random direction and the steepest descent of the margin, for any input
 """
@@ -8,7 +8,7 @@ directions   a random direction and the steepest descent of the margin, for any 
 import torch
 
 from brittle.probes.directions import class_distance, direction_families, margin_gradient
-from brittle.probes.family import MAP_SHARES, Family, failure_level, observed_failure
+from brittle.probes.family import MAP_SHARES, Family
 from brittle.probes.images import image_families, is_image
 from brittle.subject import Subject
 
@@ -17,12 +17,10 @@ __all__ = [
     "Family",
     "class_distance",
     "direction_families",
-    "failure_level",
     "families_for",
     "image_families",
     "is_image",
     "margin_gradient",
-    "observed_failure",
 ]
 
 
