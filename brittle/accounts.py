@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from brittle.findings import MemoryFidelity, PathKnown
+from brittle.findings import MemoryFidelity
 from brittle.kernel.memory import Memory, build, fine_mass, mass
 from brittle.kernel.quadrature import outputs_at
 from brittle.kernel.sweep import Quadrature, sweep
@@ -21,11 +21,9 @@ from brittle.path.flat import FlatModel
 from brittle.path.replay import check_path
 from brittle.path.store import PathReader
 from brittle.probes import Family
-from brittle.records import Groups, Ledger, Pairs, Queries, ShiftMap
+from brittle.records import Groups, Ledger, Pairs, Progress, Queries, ShiftMap
 from brittle.shift import shift_map
 from brittle.subject import Subject
-
-Progress = Callable[[int, int], None]
 
 SAMPLE_QUERIES, SAMPLE_FAMILIES = 8, 4
 """Queries, and families of each, on which the memory is held against a finer account."""
@@ -56,11 +54,6 @@ def open_path(subject: Subject) -> PathReader | None:
     path = PathReader(subject.path)
     check_path(path, subject)
     return path
-
-
-def known(path: PathReader | None) -> PathKnown:
-    """How much of the path is known."""
-    return "weights" if path is None else "recorded"
 
 
 def build_memory(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from brittle.probes import Family
-from brittle.records import AttackRows, Queries
+from brittle.records import AttackRows, Progress, Queries
 from brittle.shift import probe_inputs
 from brittle.subject import Subject
-
-Progress = Callable[[int, int], None]
 
 LEVELS = (0.25, 0.5, 0.75, 1.0)
 """Severities at which outcomes are observed, as shares of a family's reference."""

@@ -12,6 +12,7 @@ has the logits (0, z), so that its margin is the logit signed towards the predic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,6 +20,9 @@ import torch
 from torch import Tensor
 
 Norm = Literal["l2", "linf"]
+
+Progress = Callable[[int, int], None]
+"""(done, total): told how far a stage has come; the caller draws it."""
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,10 @@ from tqdm import tqdm
 
 from brittle.findings import Cost, StageCost
 from brittle.packing import pack, unpack
+from brittle.records import Progress
 from brittle.runs import RunFolder
 
 T = TypeVar("T")
-Progress = Callable[[int, int], None]
-"""(done, total)"""
-
 Spend = Callable[[int], None]
 """Adds gradient evaluations (one row, one backward pass) to the stage's cost."""
 

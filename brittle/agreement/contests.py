@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from brittle.agreement.baselines import baselines, extrapolated_margin
+from brittle.agreement.baselines import baselines, extrapolated_margin, first_order_distance
 from brittle.agreement.compare import By, compare
 from brittle.findings import FailureKind, TargetAgreement
 from brittle.probes import Family
@@ -70,25 +70,24 @@ def natural_errors(subject: Subject, queries: Queries, ours: Mapping[str, Tensor
 
 
 def probe_failures(
-    subject: Subject,
-    queries: Queries,
     families: Sequence[Family],
     shift: ShiftMap,
     ours: Mapping[str, Tensor],
     severity: Tensor,
+    plain: Mapping[str, Tensor],
 ) -> list[Contest]:
     """Errors under each family by its reference; the baselines may look at the same small probes as we do.
 
     Args:
-        queries: right when clean.
-        shift: of the queries.
+        shift: of queries that are right when clean.
         ours: our scores by name, each (M, F), the named one first.
         severity: (M, F) smallest level that failed, infinite where none did.
+        plain: the baselines of the queries.
     """
-    plain, extrapolated, found = baselines(subject, queries), extrapolated_margin(shift), []
+    extrapolated, found = extrapolated_margin(shift), []
     for f, family in enumerate(families):
         mine, at = {name: score[:, f] for name, score in ours.items()}, severity[:, f]
-        others = plain | {"extrapolated margin": extrapolated[:, f]}
+        others = {**plain, "extrapolated margin": extrapolated[:, f]}
         found.append(_contest("probe", family.name, "auroc", mine, others, at.isfinite(), at))
     return found
 
@@ -99,12 +98,17 @@ def attack_distances(
     envelopes: Sequence[AttackRows],
     shift: ShiftMap,
     support: Tensor,
+    plain: Mapping[str, Tensor],
 ) -> list[Contest]:
-    """The smallest adversarial distance over all attacks, in each norm. queries: right when clean."""
+    """The smallest adversarial distance over all attacks, in each norm. queries: right when clean.
+
+    plain: the baselines of the queries; only the first-order distance depends on the norm.
+    """
     found, predicted = [], severity_scores(shift)
     for rows in envelopes:
         ours = {"predicted distance": predicted[STEEPEST], "lack of support": support}
-        others, name = baselines(subject, queries, rows.norm), f"{NORM_NAMES[rows.norm]} distance"
+        first_order = first_order_distance(subject, queries.inputs, queries.logits, rows.norm)
+        others, name = {**plain, "first-order distance": -first_order}, f"{NORM_NAMES[rows.norm]} distance"
         found.append(_contest("attack", name, "spearman", ours, others, rows.success, rows.distance.double()))
     return found
 

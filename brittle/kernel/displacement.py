@@ -8,7 +8,7 @@ its gradients, so the groups' displacements and the decay's add up to the step:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +19,8 @@ from brittle.path.flat import FlatModel
 from brittle.path.replay import WalkedStep, walk
 from brittle.path.rules import advance
 from brittle.path.store import PathReader
-from brittle.records import Groups
+from brittle.records import Groups, Progress
 from brittle.subject import Subject
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

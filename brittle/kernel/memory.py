@@ -11,7 +11,7 @@ Domingos 2020 (arXiv 2012.00152). How U is found: `displacement`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,10 +22,8 @@ from brittle.kernel.displacement import displaced, even_cuts
 from brittle.kernel.quadrature import check_outputs, midpoints, output_gradients, row_blocks
 from brittle.path.flat import FlatModel
 from brittle.path.store import PathReader
-from brittle.records import Groups, Pairs
+from brittle.records import Groups, Pairs, Progress
 from brittle.subject import Subject
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

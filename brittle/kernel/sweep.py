@@ -15,7 +15,7 @@ Memory is queries x parameters, never examples x parameters. Segments of several
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +28,8 @@ from brittle.path.flat import FlatModel
 from brittle.path.replay import Interval, WalkedStep, batch_gradient, training_loss, walk
 from brittle.path.rules import absent, pull_back
 from brittle.path.store import PathReader
-from brittle.records import Ledger, Pairs
+from brittle.records import Ledger, Pairs, Progress
 from brittle.subject import Subject
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

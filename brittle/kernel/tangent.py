@@ -13,7 +13,7 @@ Source: Jacot, Gabriel, Hongler 2018, "Neural Tangent Kernel" (arXiv 1806.07572)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -23,10 +23,8 @@ from brittle.kernel.gradients import row_gradients
 from brittle.kernel.memory import Memory
 from brittle.kernel.quadrature import check_outputs, output_gradients, row_blocks
 from brittle.path.flat import FlatModel
-from brittle.records import Groups, Pairs
+from brittle.records import Groups, Pairs, Progress
 from brittle.subject import Subject
-
-Progress = Callable[[int, int], None]
 
 
 def tangent_contributions(

@@ -75,8 +75,7 @@ def replay(path: PathReader, subject: Subject, flat: FlatModel, start: int, stop
         seen = path.step(start)
         rule = step_rule(path.recipe(start).to(flat.state.device), _second_moment(after, len(flat)))
         return Interval([WalkedStep(start, before.state, seen.ids, rule)], after.state, drift=0.0)
-    steps, reached = _run(path, subject, flat, before, stop)
-    drift = drift_of(before.state, reached, after.state, flat.parameters, _noise(flat, after))
+    steps, drift = _retrace(path, subject, flat, before, after)
     if not drift <= DRIFT_LIMIT:
         raise PathMismatchError(
             f"the path must replay: from step {start} to {stop} it ends {drift:.2%} of the way off; the model, loss, "
@@ -143,14 +142,21 @@ def check_path(path: PathReader, subject: Subject) -> None:
     for step in sorted({0, path.steps // 2, path.steps - 1}):
         start, stop = next((a, b) for a, b in intervals(path) if a <= step < b)
         before, after = (path.snapshot(at).to(flat.state.device) for at in (start, stop))
-        _, end = _run(path, subject, flat, before, stop)
-        off = drift_of(before.state, end, after.state, flat.parameters, _noise(flat, after))
+        _, off = _retrace(path, subject, flat, before, after)
         if not off <= DRIFT_LIMIT:
             raise PathMismatchError(
                 f"recomputing step {step} must reproduce the recorded weights, it ends {off:.0%} of the step off; "
                 "the training data, their order (ids), the loss or the normalization differ from the training's, or "
                 "its inputs were augmented; hand over what it saw, or audit without a path"
             )
+
+
+def _retrace(
+    path: PathReader, subject: Subject, flat: FlatModel, before: Snapshot, after: Snapshot
+) -> tuple[list[WalkedStep], float]:
+    """Replay from one stored state to the next: the steps, and how far off it ends."""
+    steps, reached = _run(path, subject, flat, before, after.step)
+    return steps, drift_of(before.state, reached, after.state, flat.parameters, _noise(flat, after))
 
 
 def _run(

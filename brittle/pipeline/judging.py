@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from brittle.agreement import overall
+from brittle.agreement import baselines, overall
 from brittle.agreement.contests import Contest, attack_distances, natural_errors, probe_failures, settle
 from brittle.attacks.envelope import envelope
 from brittle.findings import Agreement, ExampleSuggestion, Hole, RetrainCheck, Suggestions
@@ -16,10 +16,10 @@ from brittle.kernel.memory import Memory, mass
 from brittle.outcomes import Observed
 from brittle.pipeline.context import NORMS, Context
 from brittle.probes import MAP_SHARES
-from brittle.records import AttackRows, ShiftMap
+from brittle.records import AttackRows, Progress, ShiftMap
 from brittle.scores import lack_of_support, late_path, late_path_at_reference, late_probabilities, severity_scores
 from brittle.shift import probe_inputs
-from brittle.stages import Progress, Spend
+from brittle.stages import Spend
 from brittle.suggest import regions, retrain_check
 from brittle.suggest.plan import MOST_COVERED, plan, robustness
 
@@ -37,10 +37,11 @@ def agreement(
 
     def compute(tick: Progress, spend: Spend) -> dict[str, Any]:
         under_probes = {name: score[right] for name, score in probe_scores(c, ours, support).items()}
+        plain = baselines(c.subject, sealed[right])
         held = [
             natural_errors(c.subject, c.split.natural, natural_scores(c, memory, tick, spend)),
-            *probe_failures(c.subject, sealed[right], c.families, ours[right], under_probes, severity[right]),
-            *attack_distances(c.subject, sealed[right], envelopes, ours[right], support[right]),
+            *probe_failures(c.families, ours[right], under_probes, severity[right], plain),
+            *attack_distances(c.subject, sealed[right], envelopes, ours[right], support[right], plain),
         ]
         settled = []
         for contest in held:

@@ -14,9 +14,9 @@ from brittle.holes import Region, find_holes, leak_of
 from brittle.kernel.memory import Memory, mass
 from brittle.outcomes import Observed
 from brittle.pipeline.context import Context
-from brittle.records import Pairs, ShiftMap
+from brittle.records import Pairs, Progress, ShiftMap
 from brittle.shift import shift_map
-from brittle.stages import Progress, Spend
+from brittle.stages import Spend
 
 
 def memory(c: Context) -> Memory:

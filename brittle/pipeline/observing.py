@@ -13,8 +13,8 @@ from brittle.kernel.memory import Memory
 from brittle.mass import class_groups
 from brittle.outcomes import Observed
 from brittle.pipeline.context import NORMS, Context
-from brittle.records import AttackRows, Pairs
-from brittle.stages import Progress, Spend
+from brittle.records import AttackRows, Pairs, Progress
+from brittle.stages import Spend
 
 
 def attacks(c: Context, memory: Memory) -> list[AttackRows]:
