@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 from brittle._version import __version__
 
 if TYPE_CHECKING:
+    from brittle.augmentation import Augmentation, Augmented
     from brittle.data import Examples
     from brittle.path.recorder import Recorder
     from brittle.pipeline import audit
     from brittle.subject import Subject
 
-__all__ = ["Examples", "Recorder", "Subject", "__version__", "audit"]
+__all__ = ["Augmentation", "Augmented", "Examples", "Recorder", "Subject", "__version__", "audit"]
 
 _HOMES = {
+    "Augmentation": "brittle.augmentation",
+    "Augmented": "brittle.augmentation",
     "Examples": "brittle.data",
     "Recorder": "brittle.path.recorder",
     "Subject": "brittle.subject",

@@ -18,7 +18,7 @@ from brittle.kernel.quadrature import outputs_at
 from brittle.kernel.sweep import Quadrature, sweep
 from brittle.kernel.tangent import tangent_contributions, tangent_memory
 from brittle.path.flat import FlatModel
-from brittle.path.replay import check_path
+from brittle.path.match import check_path
 from brittle.path.store import PathReader
 from brittle.probes import Family
 from brittle.records import Groups, Ledger, Pairs, Progress, Queries, ShiftMap

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brittle.augmentation import Augment
 from brittle.blame import described
 from brittle.checks import (
     check_bounds,
@@ -30,8 +31,9 @@ from brittle.checks import (
 from brittle.data import Examples
 from brittle.errors import DataError, ModelError, SubjectError
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""(logits, targets) -> scalar, as in the training loop: the mean over the batch, or any weighting of it."""
+Loss = Callable[..., Tensor]
+"""(logits, targets) -> scalar, as in the training loop: the mean over the batch, or any weighting of it. Where the
+recorder was given weights, (logits, targets, weights) -> scalar; the third must then have a default."""
 
 Forward = Callable[[nn.Module, Tensor], Any]
 """(model, normalized inputs) -> whatever the model returns."""
@@ -62,6 +64,8 @@ class Subject:
         ids: names of the training examples, shown in the report.
         retrain: (examples, seed) -> a freshly trained model; lets suggestions be checked.
         forward: (model, normalized inputs) -> output, where calling the model is not `model(x)`.
+        augment: (raw input of one example, id, epoch) -> the raw input that training saw, where training augmented
+            its inputs and the recorder did not store them; see `brittle.Augmentation`.
         name: how the report calls it.
 
     Raises:
@@ -80,6 +84,7 @@ class Subject:
     ids: Sequence[str] | None = None
     retrain: Retrain | None = None
     forward: Forward | None = None
+    augment: Augment | None = None
     name: str = ""
     binary: bool = field(init=False, default=False)
 
@@ -150,12 +155,12 @@ class Subject:
         logits = logits.reshape(-1)
         return torch.stack([torch.zeros_like(logits), logits], dim=1)
 
-    def loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def loss_of(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """The training loss of a batch (scalar); targets become floats for a single logit."""
         if self.binary:
             targets = targets.reshape(logits.shape).to(logits.dtype)
         assert self.loss is not None
-        return self.loss(logits, targets)
+        return self.loss(logits, targets) if weights is None else self.loss(logits, targets, weights)
 
     @torch.no_grad()
     def predict(self, inputs: Tensor, batch: int = 1024, model: nn.Module | None = None) -> Tensor:

@@ -20,6 +20,7 @@ ROOMS = (
     "locks",
     "checks",
     "data",
+    "augmentation",
     "subject",
     "split",
     "path",

@@ -4,6 +4,9 @@ Every group has an optimizer buffer of its own (`rules.advance`), and so has dec
 its gradients, so the groups' displacements and the decay's add up to the step:
 
     sum_g U[t, g] + decay_t = w_b - w_a        for every segment t from a to b.
+
+Where the audited weights are averaged ones, a last segment leads to them, in which every step is taken back by
+what the average lacks of it: U[T, g] = - sum_s behind_s U_s,g.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from brittle.kernel.sweep import check_step, step_rows
+from brittle.kernel.steps import check_step, step_pieces
 from brittle.path.flat import FlatModel
-from brittle.path.replay import WalkedStep, walk
+from brittle.path.observed import Batch
+from brittle.path.replay import WalkedStep, share_of, walk
 from brittle.path.rules import advance
 from brittle.path.store import PathReader
 from brittle.records import Groups, Progress
@@ -40,11 +44,11 @@ def displaced(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Iterator[Displaced]:
-    """Walk the path forward and yield the segments between `cuts` (steps, from 0 to the last)."""
+    """Walk the path forward and yield the segments between `cuts` (steps, from 0 to the last), and the averaging."""
     flat = FlatModel(subject.model, device)
     labels = groups.labels.to(device)
     buffers = flat.state.new_zeros(len(groups) + 1, len(flat))
-    moved, stops = torch.zeros_like(buffers), set(cuts[1:])
+    moved, lacking, stops = torch.zeros_like(buffers), torch.zeros_like(buffers), set(cuts[1:])
     low: Tensor | None = None
     for interval in walk(path, subject, flat):
         for step, after in zip(interval.steps, interval.states()[1:], strict=True):
@@ -53,12 +57,18 @@ def displaced(
                 check_step(subject, flat, step)
             buffers, gone = _split_step(subject, flat, step, labels, buffers)
             moved += gone
+            if path.average is not None:
+                lacking -= float(path.behind[step.index]) * gone
             if progress:
                 progress(step.index + 1, path.steps)
             if step.index + 1 in stops:
                 moved[-1, flat.parameters :] = (after - low)[flat.parameters :].to(moved)
                 yield Displaced(low, after, moved)
                 low, moved = after, torch.zeros_like(buffers)
+    if path.average is not None and low is not None:
+        high = path.average.to(low)
+        lacking[-1, flat.parameters :] = (high - low)[flat.parameters :]
+        yield Displaced(low, high, lacking)
 
 
 def even_cuts(steps: int, segments: int) -> list[int]:
@@ -71,8 +81,22 @@ def _split_step(
     subject: Subject, flat: FlatModel, step: WalkedStep, labels: Tensor, buffers: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One step's displacement by group, decay last: the new buffers and what they moved, (G + 1, P)."""
-    rows = step_rows(subject, flat, step)
-    by_group = torch.zeros_like(buffers).index_add_(0, labels[step.ids.to(labels.device)], rows)
+    by_group = torch.zeros_like(buffers)
+    for batch in step.batches:
+        by_group += _by_group(subject, flat, step, batch, labels, len(buffers))
     kept, moved = advance(step.rule, buffers[:-1], by_group[:-1], None)
-    decay_kept, decay_moved = advance(step.rule, buffers[-1], by_group[-1], step.state.to(rows))
+    decay_kept, decay_moved = advance(step.rule, buffers[-1], by_group[-1], step.state.to(by_group))
     return torch.cat([kept, decay_kept[None]]), torch.cat([moved, decay_moved[None]])
+
+
+def _by_group(subject: Subject, flat: FlatModel, step: WalkedStep, batch: Batch, labels: Tensor, count: int) -> Tensor:
+    """The gradient of one batch, group by group, (G + 1, P)."""
+    ids, shares = batch.credited(torch.ones(len(batch), dtype=flat.state.dtype))
+    members = torch.zeros(count, len(batch), dtype=flat.state.dtype, device=flat.state.device)
+    rows_of = torch.arange(len(batch)).repeat_interleave(len(ids) // len(batch))
+    members.index_put_((labels[ids.to(labels.device)], rows_of), shares.to(members), accumulate=True)
+    out, squares = flat.state.new_zeros(count, len(flat)), 0.0
+    for columns, rows in step_pieces(subject, flat, step, batch):
+        out[:, columns] = members @ rows
+        squares += step.taken(columns, rows.sum(0)).double().square().sum().item()
+    return out.mul_(share_of(step.seen, batch, squares**0.5))

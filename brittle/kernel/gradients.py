@@ -2,7 +2,8 @@
 
 For a scalar L of a batch, row i's gradient is the part of dL/dw that passes through its own activations (the
 *row split*): the rows add up to dL/dw, with batch statistics included. For a linear layer it is the outer
-product of the row's output gradient and its input, and so on (`layers`). Nothing is kept but (B, P) numbers.
+product of the row's output gradient and its input, and so on (`layers`). `row_pieces` forms one tensor's rows at a
+time, so that no one needs (B, P) numbers who can use them up as they come.
 
 The row split differs from the gradient of each row's own loss term only where rows see each other (batch
 normalization in training mode). It takes the model apart at its modules, which it cannot see through: a weight that
@@ -12,19 +13,22 @@ hold the rows against plain autograd, so that such a model is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
 from brittle.errors import UnsupportedError
-from brittle.kernel.layers import Call, units, weight_gradients
+from brittle.kernel.calls import Call, record
+from brittle.kernel.layers import own_tensors, units, weight_gradients
 from brittle.path.flat import FlatModel
 
 Scalar = Callable[[], Tensor]
 """Runs the flat model and returns the scalar whose gradient is wanted."""
+
+Piece = tuple[slice, Tensor]
+"""The columns of one tensor in the state, and the gradients of its rows, (B, p)."""
 
 AGREEMENT = 1e-3
 """Relative distance from plain autograd up to which a parameter's rows count as equal."""
@@ -33,31 +37,53 @@ ROUNDING = 100
 """Units in the last place below which the sum of a batch's row gradients is rounding."""
 
 
-def row_gradients(flat: FlatModel, scalar: Scalar, rows: int) -> Tensor:
-    """Gradient of `scalar()` through each row of the batch, with respect to the state.
+def row_pieces(flat: FlatModel, scalar: Scalar, rows: int) -> Iterator[Piece]:
+    """Gradient of `scalar()` through each row of the batch, one tensor of the state at a time.
 
     Args:
-        flat: the model at the point of the path where gradients are wanted.
-        scalar: computes the scalar from a batch of `rows` rows through `flat.model`.
+        flat: the model at the point of the path where gradients are wanted; leave it there until the last piece.
+        scalar: computes the scalar from a batch of `rows` rows through `flat.model`; it may run under autocast.
         rows: B.
 
-    Returns:
-        (B, P). Columns of buffers hold the gradient with respect to running statistics (evaluation mode).
+    Yields:
+        The columns of a tensor in the state, and (B, p) in the state's dtype; a tensor without a gradient is left
+        out. Columns of buffers hold the gradient with respect to running statistics (evaluation mode). Pieces may
+        share memory: read them only.
 
     Raises:
         UnsupportedError: where a module with parameters mixes rows in a way that cannot be split.
+
+    Memory: inputs and output gradients of the modules that are still to come, and the rows of one module; drop a
+    piece before the next is asked for.
     """
+    calls = _by_module(record(units(flat.model), scalar, flat.state.device))
+    _check_first_axis(calls, rows)
+    to_come = Counter(span for call in calls for span in _spans(flat, call))
+    sums: dict[tuple[int, int], Tensor] = {}
+    while calls:
+        spans = _spans(flat, calls[-1])
+        _add(sums, flat, calls.pop())
+        for span in spans:
+            to_come[span] -= 1
+            if not to_come[span] and span in sums:
+                yield slice(*span), sums.pop(span)
+
+
+def row_gradients(flat: FlatModel, scalar: Scalar, rows: int) -> Tensor:
+    """All of `row_pieces` at once: (B, P), 0 where a tensor has no gradient."""
     out = flat.state.new_zeros(rows, len(flat))
-    for call in _record(flat.model, scalar):
-        if any(g.shape[:1] != (rows,) for g in call.upstream.values()):
-            found = next(tuple(g.shape) for g in call.upstream.values() if g.shape[:1] != (rows,))
-            raise UnsupportedError(
-                f"every module with parameters must return one row an example, {call} returned shape {found} for "
-                f"{rows} inputs; keep the batch as the first axis of what goes in and out of it"
-            )
-        if call.upstream:
-            for leaf, gradient in weight_gradients(call).items():
-                out[:, flat.columns[call.column(leaf)]] += gradient.reshape(rows, -1)
+    for columns, piece in row_pieces(flat, scalar, rows):
+        out[:, columns] = piece
+        del piece
+    return out
+
+
+def sum_of(flat: FlatModel, pieces: Iterable[Piece]) -> Tensor:
+    """The sum over rows of all pieces, (P,): the batch's gradient."""
+    out = torch.zeros_like(flat.state)
+    for columns, piece in pieces:
+        out[columns] = piece.sum(0)
+        del piece
     return out
 
 
@@ -79,54 +105,56 @@ def check_rows(flat: FlatModel, values: Scalar) -> None:
     count = len(values())
     rows = row_gradients(flat, lambda: values().sum(), count)
     plain = [flat.gradient(lambda row=row: values()[row]) for row in range(count)]  # type: ignore[misc]
-    _compare(flat, rows, torch.stack(plain))
+    _compare(flat, rows, torch.stack(plain), AGREEMENT)
 
 
-def check_sum(flat: FlatModel, rows: Tensor, whole: Tensor) -> None:
-    """Hold the sum of row gradients (B, P) against the batch's gradient (P,). Raises `UnsupportedError`."""
-    _compare(flat, rows.sum(0, keepdim=True), whole[None])
+def check_sum(flat: FlatModel, found: Tensor, whole: Tensor, tolerance: float = AGREEMENT) -> None:
+    """Hold the sum of row gradients (P,), as of `sum_of`, against the batch's gradient (P,).
+
+    tolerance: relative; a pass in half precision is as far from itself as its rounding. Raises `UnsupportedError`.
+    """
+    _compare(flat, found[None], whole[None], tolerance)
 
 
-def _compare(flat: FlatModel, found: Tensor, expected: Tensor) -> None:
+def _by_module(calls: list[Call]) -> list[Call]:
+    """Last first, so that they can be popped; the calls of a module side by side, so that they soon add up."""
+    first: dict[str, int] = {}
+    for k, call in enumerate(calls):
+        first.setdefault(call.name, k)
+    return sorted(calls, key=lambda call: first[call.name], reverse=True)
+
+
+def _check_first_axis(calls: list[Call], rows: int) -> None:
+    for call in calls:
+        for g in call.upstream.values():
+            if g.shape[:1] != (rows,):
+                raise UnsupportedError(
+                    f"every module with parameters must return one row an example, {call} returned shape "
+                    f"{tuple(g.shape)} for {rows} inputs; keep the batch as the first axis of what goes in and out"
+                )
+
+
+def _spans(flat: FlatModel, call: Call) -> set[tuple[int, int]]:
+    """Beginnings and ends of the columns that a call may have gradients for; tied tensors have the same."""
+    columns = [flat.columns[name] for name in own_tensors(call) if name in flat.columns]
+    return {(c.start, c.stop) for c in columns}
+
+
+def _add(sums: dict[tuple[int, int], Tensor], flat: FlatModel, call: Call) -> None:
+    """Add the gradients of one call to those of the same tensors, in the state's dtype."""
+    call.upstream = {k: g.to(flat.state.dtype) for k, g in call.upstream.items()}
+    for leaf, gradient in weight_gradients(call).items():
+        columns = flat.columns[call.column(leaf)]
+        span, gradient = (columns.start, columns.stop), gradient.reshape(-1, columns.stop - columns.start)
+        sums[span] = sums[span] + gradient if span in sums else gradient
+
+
+def _compare(flat: FlatModel, found: Tensor, expected: Tensor, tolerance: float) -> None:
     total = expected[:, : flat.parameters].norm()
     for slot in flat.slots:
         off, size = ((t[:, slot.start : slot.stop]).norm() for t in (found - expected, expected))
-        if not slot.buffer and not off <= AGREEMENT * size + AGREEMENT**2 * total:
+        if not slot.buffer and not off <= tolerance * size + tolerance**2 * total:
             raise UnsupportedError(
                 f"gradients must split by examples, those of {slot.name} do not add up to plain autograd's; use the "
                 "weight only inside its own module's forward, and keep the batch as the first axis"
             )
-
-
-def _record(model: nn.Module, scalar: Scalar) -> list[Call]:
-    """Run `scalar` and its backward pass; note each call of a module with parameters of its own."""
-    calls: list[Call] = []
-
-    def forward_hook(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if not torch.is_grad_enabled():  # a trunk that the model itself keeps from learning
-                return output
-            calls.append(Call(name, module, args, kwargs))
-            leaves, spec = pytree.tree_flatten(output)
-            return pytree.tree_unflatten([_watched(leaf, calls[-1], k) for k, leaf in enumerate(leaves)], spec)
-
-        return hook
-
-    with torch.enable_grad():
-        hooks = [m.register_forward_hook(forward_hook(n), with_kwargs=True) for n, m in units(model)]
-        try:
-            scalar().backward()
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return calls
-
-
-def _watched(leaf: Any, call: Call, k: int) -> Any:
-    """Output number k of a call, its gradient being noted as soon as backward reaches it."""
-    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-        return leaf
-    if not leaf.requires_grad:  # the weights ask for no gradient: the first module begins the graph
-        leaf = leaf.detach().requires_grad_(True).clone()
-    leaf.register_hook(lambda g: call.upstream.update({k: g.detach()}))
-    return leaf

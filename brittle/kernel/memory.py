@@ -83,9 +83,9 @@ def build(
     """
     check_outputs(subject, FlatModel(subject.model, device))
     cuts = even_cuts(path.steps, segments)
-    first = path.snapshot(0).state
-    ends = first.new_empty(len(cuts), len(first))
-    moved = first.new_empty(len(cuts) - 1, len(groups) + 1, len(first))
+    first, count = path.snapshot(0).state, len(cuts) - 1 + (path.average is not None)
+    ends = first.new_empty(count + 1, len(first))
+    moved = first.new_empty(count, len(groups) + 1, len(first))
     for t, part in enumerate(displaced(path, subject, groups, cuts, device, progress)):
         ends[t], ends[t + 1], moved[t] = part.low, part.high, part.moved
     return Memory(ends, moved, nodes)

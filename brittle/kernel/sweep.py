@@ -10,7 +10,14 @@ buffer E per query collects how much a gradient spent at step j moved the output
 
     contribution of example i in step j = - <credit_j, row gradient of i at w_j>.
 
-Memory is queries x parameters, never examples x parameters. Segments of several steps share one Jbar.
+Memory is queries x parameters, never examples x parameters: row gradients are used up tensor by tensor. Segments of
+several steps share one Jbar.
+
+Averaged weights (EMA, SWA) are one more straight line, from the last weights w_S to the average
+
+    average = w_S - sum_s behind_s D_s,
+
+so that with J~ averaged over that line each step's gradient is Jbar - behind_s J~ (`PathReader.behind`).
 """
 
 from __future__ import annotations
@@ -20,13 +27,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from brittle.kernel.gradients import check_sum, row_gradients, without_rounding
-from brittle.kernel.quadrature import check_outputs, line_gradient, outputs_at
+from brittle.kernel.quadrature import Line, check_outputs, line_gradient, outputs_at
+from brittle.kernel.steps import check_step, step_pieces
 from brittle.path.flat import FlatModel
-from brittle.path.replay import Interval, WalkedStep, batch_gradient, training_loss, walk
-from brittle.path.rules import absent, pull_back
+from brittle.path.observed import Batch
+from brittle.path.replay import Interval, WalkedStep, share_of, walk
+from brittle.path.rules import absent, pull_back, scaled
 from brittle.path.store import PathReader
 from brittle.records import Ledger, Pairs, Progress
 from brittle.subject import Subject
@@ -38,12 +45,14 @@ class Quadrature:
 
     segment: steps that share one averaged gradient. nodes: midpoints to begin with. most: midpoints at most.
     tolerance: the relative residual aimed at; a segment may miss tolerance * (learned change) / sqrt(segments).
+    gauss: Gauss-Legendre nodes, `nodes` of them, in place of midpoints: for smooth models, not refined.
     """
 
     segment: int = 8
     nodes: int = 3
     most: int = 27
     tolerance: float = 0.02
+    gauss: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,9 +126,9 @@ class _Account:
     def __init__(
         self, subject: Subject, flat: FlatModel, inputs: Tensor, pairs: Pairs, path: PathReader, q: Quadrature
     ) -> None:
-        self.subject, self.flat, self.inputs, self.pairs, self.q = subject, flat, inputs, pairs, q
+        self.subject, self.flat, self.inputs, self.pairs, self.path, self.q = subject, flat, inputs, pairs, path, q
         device, m = flat.state.device, len(inputs)
-        self.output = self.start = outputs_at(subject, flat, path.snapshot(path.steps).state, inputs, pairs)
+        self.output = self.start = outputs_at(subject, flat, path.final().to(device), inputs, pairs)
         first = outputs_at(subject, flat, path.snapshot(0).state, inputs, pairs)
         learned = (self.output - first).abs().mean().item()
         self.allowed = q.tolerance * learned / max(1.0, path.steps / q.segment) ** 0.5
@@ -128,45 +137,68 @@ class _Account:
         self.decay, self.buffers, self.explained, self.moved = zeros(m), zeros(m), zeros(m), zeros(m)
         self.credit_later = flat.state.new_zeros(m, len(flat))
         self.nodes, self.evaluations, self.drift = q.nodes, 0, 0.0
+        self.averaging: Tensor | None = None  # J~ of the line to the averaged weights, shape (M, P)
+        if path.average is not None:
+            last = path.snapshot(path.steps).state.to(device)
+            self.averaging = self._line(last, path.average.to(device)).jacobian
 
     def take(self, segment: Interval) -> None:
         """Account for one segment: its averaged gradient, then its steps from last to first."""
-        begin, p = segment.steps[0].state, self.flat.parameters
-        before = outputs_at(self.subject, self.flat, begin, self.inputs, self.pairs)
+        line = self._line(segment.steps[0].state, segment.end)
+        for step in reversed(segment.steps):
+            jacobian = line.jacobian
+            if self.averaging is not None:
+                jacobian = jacobian - float(self.path.behind[step.index]) * self.averaging
+            self._spend(step, jacobian)
+        self.nodes = max(self.q.nodes, line.nodes // 3)
+        self.drift = max(self.drift, segment.drift)
+
+    def _line(self, low: Tensor, high: Tensor) -> Line:
+        """The averaged gradient over a straight line that ends where the account has come to."""
+        before, p = outputs_at(self.subject, self.flat, low, self.inputs, self.pairs), self.flat.parameters
         line = line_gradient(
             self.subject,
             self.flat,
-            (begin, segment.end),
+            (low, high),
             self.inputs,
             self.pairs,
             self.start - before,
             self.allowed,
             self.nodes,
             self.q.most,
+            self.q.gauss,
         )
-        displacement = (segment.end - begin).to(line.jacobian)
+        displacement = (high - low).to(line.jacobian)
         self.moved += (line.jacobian[:, :p] @ displacement[:p]).double()
         self.buffers += (line.jacobian[:, p:] @ displacement[p:]).double()
-        for step in reversed(segment.steps):
-            self._spend(step, line.jacobian)
         self.start = before
-        self.nodes = max(self.q.nodes, line.nodes // 3)
         self.evaluations += line.nodes * len(self.inputs)
-        self.drift = max(self.drift, segment.drift)
+        return line
 
     def _spend(self, step: WalkedStep, jacobian: Tensor) -> None:
         credit, self.credit_later = pull_back(step.rule, self.credit_later, jacobian)
-        rows = step_rows(self.subject, self.flat, step)
-        shares = -step.rule.clip * (credit @ rows.T).double()  # shape: (M, B)
-        self.contributions.index_add_(1, step.ids.to(shares.device), shares)
         weights = step.state.to(credit)
         decay = torch.zeros_like(self.decay)
         for pulled, by in ((credit, step.rule.l2), (jacobian, step.rule.decoupled)):
             if not absent(by):
                 decay -= (pulled @ (by * weights)).double()
+        credit = scaled(step.rule.clip, credit)
+        for batch in step.batches:
+            ids, shares = batch.credited(self._rows(step, batch, credit))
+            self.contributions.index_add_(1, ids.to(shares.device), shares)
+            self.explained += shares.sum(1)
         self.decay += decay
-        self.explained += shares.sum(1) + decay
-        self.evaluations += len(step.ids)
+        self.explained += decay
+        self.evaluations += step.seen.examples
+
+    def _rows(self, step: WalkedStep, batch: Batch, credit: Tensor) -> Tensor:
+        """What each row of a batch contributed, (M, B)."""
+        pulled = torch.zeros(len(credit), len(batch), dtype=torch.float64, device=credit.device)
+        squares = 0.0
+        for columns, rows in step_pieces(self.subject, self.flat, step, batch):
+            pulled += (credit[:, columns] @ rows.T).double()
+            squares += step.taken(columns, rows.sum(0)).double().square().sum().item()
+        return -share_of(step.seen, batch, squares**0.5) * pulled
 
     def close(self) -> Swept:
         start, output = self.start.double(), self.output.double()
@@ -180,18 +212,3 @@ class _Account:
             output=output.cpu(),
         )
         return Swept(ledger, self.drift, self.evaluations)
-
-
-def check_step(subject: Subject, flat: FlatModel, step: WalkedStep) -> None:
-    """Check that a step's row gradients add up to its batch's gradient. Raises `UnsupportedError`."""
-    rows = step_rows(subject, flat, step)
-    flat.load(step.state)
-    check_sum(flat, rows, batch_gradient(subject, flat, step.ids))
-
-
-def step_rows(subject: Subject, flat: FlatModel, step: WalkedStep) -> Tensor:
-    """Row gradients of a step's loss, the loss's own weights (1/B for a mean) included. Shape (B, P)."""
-    flat.load(step.state)
-    rows = row_gradients(flat, lambda: training_loss(subject, flat, step.ids), len(step.ids))
-    coupled = any(isinstance(module, _BatchNorm) for module in flat.model.modules())
-    return without_rounding(rows) if coupled else rows

@@ -2,23 +2,25 @@
 
     recorder = Recorder(model, optimizer, "runs/path")
     ...
-        loss.backward()
         recorder.batch(ids)          # positions of this batch's examples in the training data
+        loss.backward()
         optimizer.step()
     ...
     recorder.close()
 
-The recorder hooks the optimizer: before each step it stores the weights and the optimizer's buffers, and it
-notes the examples, learning rates, settings and the factor by which gradients were clipped. The running
-statistics that belong to a step's weights are those that the step before it left behind: the step's own forward
-pass has moved them on by the time the optimizer is called. States are kept every step while the disk budget
+The recorder hooks the optimizer: before each step it stores the weights and what the optimizer holds, and it
+notes the examples, learning rates, settings, and what happened to the gradients between backward and step. The
+running statistics that belong to a step's weights are those that the step before it left behind: the step's own
+forward pass has moved them on by the time the optimizer is called. States are kept every step while the disk budget
 allows, then every second, fourth, ... step; what lies between is replayed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,11 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brittle.errors import DataError, NotFiniteError, UnsupportedError
-from brittle.path.flat import layout, parameters_of, statistics_of
-from brittle.path.rules import BUFFERS, SETTINGS, check_optimizer, check_settings
-from brittle.path.store import Snapshot, Step, finished, thin_blocks, write_block, write_end, write_header
-from brittle.path.training import check_modes, check_training
+from brittle.errors import DataError, NotFiniteError, PathMismatchError, UnsupportedError
+from brittle.path import store
+from brittle.path.average import AverageWatch
+from brittle.path.flat import layout, parameters_of, state_of, statistics_of
+from brittle.path.forwards import ForwardWatch, resting
+from brittle.path.observed import Manner, Snapshot, Step
+from brittle.path.passes import Call, checked_call, matched
+from brittle.path.spending import Spending
+from brittle.path.training import bare, check_training, counts_batches
 from brittle.path.watch import GradientWatch
 
 BLOCK_BYTES = 64 << 20
@@ -44,67 +50,117 @@ class Recorder:
 
     Args:
         model: the model in training, before its first step.
-        optimizer: torch's SGD, Adam or AdamW over its parameters, before its first step.
+        optimizer: moves the model's parameters. Of torch's SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop and
+            Adagrad the rule is known; any other is observed, and what that misses is shown as unexplained.
         out: an empty or absent folder.
         budget: bytes of disk that the states may take.
+        average: a model into which the loop averages the weights (EMA, SWA); then it is the audited one.
+        repeats: whether an example may be in a batch twice (a sampler that draws with replacement).
+        resume: take the path in `out` up again after so many steps, the model and the optimizer being as they
+            were then; what was recorded behind that is dropped.
 
     Raises:
-        UnsupportedError: for what the path kernel cannot account for, by name: another optimizer, dropout,
-            gradient accumulation, clipping by value, parameters without a gradient, layers frozen in mid-training.
+        UnsupportedError: for what the path kernel cannot account for, by name.
         NotFiniteError: where weights or gradients stop being finite.
         DiskError: where the disk is full.
+        DataError, PathMismatchError: where `out` or `resume` do not fit.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, out: str | Path, budget: int = 2 << 30
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        out: str | Path,
+        budget: int = 2 << 30,
+        *,
+        average: nn.Module | None = None,
+        repeats: bool = False,
+        resume: int | None = None,
     ) -> None:
         self.root, self.budget, self.every, self.steps = Path(out), budget, 1, 0
-        if finished(self.root):
+        if store.finished(self.root):
             raise DataError(f"{self.root} already holds a finished path; name another folder or delete it")
-        self._model, self._optimizer, self._kind = model, optimizer, check_optimizer(optimizer)
-        check_training(model)
-        for stale in (self.root / "blocks").glob("*"):  # what an interrupted training left behind
-            stale.unlink()
-        self._slots = layout(model)
-        self._parameters = dict(model.named_parameters())
-        self._owner, self._settings = self._owners(), self._settings_now()
-        write_header(self.root, self._slots, self._kind, self._owner)
-        self._ids: Tensor | None = None
-        self._statistics = statistics_of(model).cpu()
+        self._model, self._repeats = bare(model), repeats
+        check_training(self._model)
+        self._slots = layout(self._model)
+        self._parameters = dict(self._model.named_parameters())
+        self._spending = Spending(optimizer, self._slots, self._parameters)
+        self._average = AverageWatch(average, self._model) if average is not None else None
+        self._counts_batches = counts_batches(self._model)
+        self._calls: list[Call] = []
+        self._open: Step | None = None
         self._steps: list[Step] = []
         self._snapshots: list[Snapshot] = []
+        self._marks: list[int] = []
         self._pending, self._written, self._since = 0, 0, time.monotonic()  # bytes in memory, bytes on disk
-        moved = {slot.name for slot, owner in zip(self._slots, self._owner, strict=True) if owner >= 0}
-        self._watch = GradientWatch({name: p for name, p in self._parameters.items() if name in moved})
+        self._statistics = statistics_of(self._model).cpu()
+        self._resume(resume)
+        self._watch = GradientWatch(self._parameters, lambda: self._forwards.last)
+        self._forwards = ForwardWatch(self._model, self._watch.follow)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
 
-    def batch(self, ids: Tensor | Sequence[int]) -> None:
-        """Say which training examples the coming step was computed from: positions in the training data."""
-        if self._ids is not None:
-            raise UnsupportedError(
-                "gradient accumulation cannot be accounted for yet: batch() was called twice before optimizer.step(); "
-                "take one step a batch"
-            )
-        self._ids = torch.as_tensor(ids, dtype=torch.int64).detach().cpu().reshape(-1).clone()
-        if len(self._ids) == 0 or int(self._ids.min()) < 0:
-            raise DataError(
-                f"batch() needs the positions of the batch's examples, counted from 0, found {self._ids.tolist()[:5]}"
-            )
+    def batch(
+        self,
+        ids: Tensor | Sequence[int],
+        *,
+        epoch: int = 0,
+        shares: Tensor | None = None,
+        inputs: Tensor | None = None,
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
+        """Say which training examples a forward and backward pass is made from; before it or after it.
+
+        Call it once for every backward pass: several before one optimizer.step() are gradient accumulation.
+
+        Args:
+            ids: positions in the training data, (B,); or (B, K) for rows that are mixed from K examples.
+            epoch: which augmentation the inputs had, where the subject's `augment` makes them again.
+            shares: (B, K), to whom a mixed row is credited; each row adds up to 1.
+            inputs: the raw inputs that the pass saw (B, *shape), stored where nothing else makes them again.
+            targets: the targets that the loss saw, (B, ...), where they are not the training data's labels.
+            weights: the loss's third argument, (B,).
+
+        Raises:
+            DataError: where ids are negative or repeated, or shapes do not fit.
+        """
+        given = {"shares": shares, "inputs": inputs, "targets": targets, "weights": weights}
+        self._calls.append(checked_call(ids, epoch, given, self._repeats, at=len(self._watch.passes)))
+
+    def flush(self) -> int:
+        """Write what is in memory; returns the number of steps that are safe. Save it with your checkpoints.
+
+        Where weights are averaged, call it after the average has been updated.
+        """
+        self._look_at_average()
+        if self._snapshots:
+            store.write_states(self.root, self._snapshots)
+        if self._steps:
+            store.write_steps(self.root, self.steps - len(self._steps), self._steps)
+        self._written, self._pending = self._written + sum(s.nbytes for s in self._snapshots), 0
+        self._steps, self._snapshots, self._since = [], [], time.monotonic()
+        while self._written > self.budget * (1 - 1 / BLOCKS_IN_BUDGET) and self.every <= self.steps:
+            self.every *= 2
+            self._written = store.thin_states(self.root, self.every)
+            self._marks = [mark for mark in self._marks if mark % self.every == 0]
+        return self.steps
 
     def close(self) -> None:
         """Store the final weights and finish the path. Call it once, after the last step."""
         self._let_go()
-        if finished(self.root):
+        if store.finished(self.root):
             return
         if self.steps == 0:
             raise DataError("a path needs at least one optimizer.step() between Recorder(...) and close(), found none")
-        if self._steps:
-            self._flush()
-        write_block(self.root, self.steps, [], [self._snapshot()])
-        write_end(self.root, self.steps)
+        self._look_at_average()
+        self.flush()
+        store.write_states(self.root, [self._snapshot()])
+        if self._average is not None:
+            store.write_average(self.root, state_of(self._average.model).cpu())
+        store.write_end(self.root, self.steps, [*self._marks, self.steps])
 
     def __enter__(self) -> Recorder:
         return self
@@ -119,32 +175,95 @@ class Recorder:
 
     def _let_go(self) -> None:
         self._watch.close()
+        self._forwards.close()
         for hook in self._hooks:
             hook.remove()
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(callable(a) for a in (*args, *kwargs.values()) if a is not optimizer):
-            raise UnsupportedError(
-                "optimizer.step(closure) cannot be recorded; call backward() before optimizer.step()"
+    def _resume(self, at: int | None) -> None:
+        """Begin the folder, or take it up again after `at` steps."""
+        spending = self._spending
+        if at is None:
+            store.clear(self.root)
+            store.write_header(self.root, self._slots, spending.kind, spending.name, spending.warnings)
+            return
+        there, self._marks, self._written = store.cut(self.root, at, self._slots, spending.kind)
+        self.steps = at
+        widest = max((b - a for a, b in pairwise(self._marks)), default=1)
+        self.every = 1 << (widest.bit_length() - 1)
+        if there is not None and not torch.equal(there.state, self._snapshot().state):
+            raise PathMismatchError(
+                f"resume={at} must find the model as it was after {at} steps, its weights differ from those recorded; "
+                "load the checkpoint of that step into model and optimizer before the Recorder is made"
             )
-        if self._ids is None:
-            raise DataError("call recorder.batch(ids) before every optimizer.step(); no ids were given for this step")
-        settings = self._settings_now()
-        self._check_unchanged(settings)
-        check_modes(self._model)
-        if self.steps % self.every == 0:
-            self._snapshots.append(self._snapshot())
-            self._pending += self._snapshots[-1].nbytes
-        lr = tuple(float(g["lr"]) for g in self._optimizer.param_groups)
-        self._steps.append(Step(self._ids, lr, settings, self._watch.factor()))
-        self._ids = None
+        if there is not None:
+            spending.restore(there.buffers)
+        self._remember()
 
-    def _after_step(self, *_: Any) -> None:
-        self.steps += 1
-        self._statistics = statistics_of(self._model).cpu()
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Note the step; one that is given a closure is noted when the closure has run."""
+        values = [*args[1:], *kwargs.values()]
+        closure = next((value for value in values if callable(value)), None)
+        if closure is None:
+            self._note_step()
+            return None
+
+        def noted() -> Any:
+            loss = closure()
+            self._note_step()
+            return loss
+
+        swap = lambda value: noted if value is closure else value  # noqa: E731
+        return (args[0], *map(swap, args[1:])), {key: swap(value) for key, value in kwargs.items()}
+
+    def _note_step(self) -> None:
+        """What can be seen of a step when its gradients are there and its weights have not moved yet."""
+        if self._spending.skipped():
+            return
+        self._look_at_average()
         full = self._pending >= min(BLOCK_BYTES, self.budget / BLOCKS_IN_BUDGET)
         if full or time.monotonic() - self._since > BLOCK_SECONDS:
-            self._flush()
+            self.flush()
+        spending, watch = self._spending, self._watch
+        found = matched(self._calls, watch.passes, watch.alive(), spending.trained)
+        if self.steps % self.every == 0:
+            self._remember()
+        factors, bound = watch.factors()
+        counts, scales = spending.begin(factors)
+        last = found[-1][1]
+        at_rest = last.resting if last else resting(self._model)
+        manner = Manner(spending.owner(), spending.settings(), at_rest)
+        nothing = torch.zeros(len(self._slots), dtype=torch.float64)
+        batches = tuple(batch for batch, _ in found)
+        self._open = Step(batches, spending.lr(), manner, counts, scales, bound, nothing)
+
+    def _after_step(self, *_: Any) -> None:
+        if self._open is None:
+            return
+        statistics = statistics_of(self._model).cpu()
+        alone = self._forwards.count == len(self._open.batches) and not self._counts_batches
+        kept = None if alone or not len(statistics) else statistics
+        self._steps.append(replace(self._open, extra=self._spending.end(), statistics=kept))
+        self._pending += self._steps[-1].nbytes
+        self._statistics, self._open = statistics, None
+        self.steps += 1
+        self._calls.clear()
+        self._watch.forget()
+        self._forwards.forget()
+
+    def _look_at_average(self) -> None:
+        """Note how the average moved since the last step."""
+        share = self._average.share() if self._average is not None else 0.0
+        if share and self._steps:
+            self._steps[-1] = replace(self._steps[-1], averaged=share)
+
+    def _remember(self) -> None:
+        """Keep the present state."""
+        if not (self._snapshots and self._snapshots[-1].step == self.steps):
+            self._snapshots.append(self._snapshot())
+            self._marks.append(self.steps)
+            self._pending += self._snapshots[-1].nbytes
 
     def _snapshot(self) -> Snapshot:
         state = torch.cat([parameters_of(self._model).cpu(), self._statistics])
@@ -152,50 +271,5 @@ class Recorder:
             raise NotFiniteError(
                 f"weights must be finite, found NaN or infinity before step {self.steps}; the training diverged"
             )
-        return Snapshot(self.steps, state, {name: self._buffer(name) for name in BUFFERS[self._kind]})
-
-    def _buffer(self, name: str) -> Tensor:
-        """One of the optimizer's buffers over all parameters, zero where it has not begun. Shape (parameters,)."""
-        held = [(self._optimizer.state.get(p, {}).get(name), p) for p in self._parameters.values()]
-        return torch.cat([(torch.zeros_like(p) if b is None else b).detach().reshape(-1).cpu() for b, p in held])
-
-    def _settings_now(self) -> tuple[Mapping[str, Any], ...]:
-        keys = SETTINGS[self._kind]
-        return tuple({key: _plain(g[key]) for key in keys if key in g} for g in self._optimizer.param_groups)
-
-    def _owners(self) -> list[int]:
-        """The parameter group of each slot, -1 where the optimizer has none or the parameter is frozen."""
-        group_of = {id(p): k for k, g in enumerate(self._optimizer.param_groups) for p in g["params"]}
-        if set(group_of) - {id(p) for p in self._parameters.values()}:
-            raise UnsupportedError(
-                "the optimizer must move the model's own parameters only, it holds others besides; give them to an "
-                "optimizer of their own, or make them part of the model"
-            )
-        owners = []
-        for slot in self._slots:
-            p = None if slot.buffer else self._parameters[slot.name]
-            owners.append(group_of.get(id(p), -1) if p is not None and p.requires_grad else -1)
-        return owners
-
-    def _check_unchanged(self, settings: Sequence[Mapping[str, Any]]) -> None:
-        owner = self._owners()
-        changed = [s.name for s, old, new in zip(self._slots, self._owner, owner, strict=True) if old != new]
-        if changed:
-            raise UnsupportedError(
-                "what is trained may not change in mid-training (frozen layers, parameter groups), it changed for "
-                f"{changed[0]} before step {self.steps}; record one path for each stage of the training"
-            )
-        check_settings(self._settings, settings)
-
-    def _flush(self) -> None:
-        """Write the block; halve the density of stored states until the budget holds."""
-        write_block(self.root, self.steps - len(self._steps), self._steps, self._snapshots)
-        self._written, self._pending = self._written + self._pending, 0
-        self._steps, self._snapshots, self._since = [], [], time.monotonic()
-        while self._written > self.budget * (1 - 1 / BLOCKS_IN_BUDGET) and self.every <= self.steps:
-            self.every *= 2
-            self._written = thin_blocks(self.root, self.every)
-
-
-def _plain(value: Any) -> Any:
-    return [float(v) for v in value] if isinstance(value, (tuple, list)) else value if value is None else float(value)
+        held = self._spending
+        return Snapshot(self.steps, state, held.buffers(), held.updates, held.products())

@@ -1,26 +1,34 @@
 """Walk the recorded path step by step; replay the steps between two stored states and check where they end.
 
-A replayed step recomputes the batch's gradient at w_j in training mode, gives it to torch's own optimizer
+A replayed step recomputes the gradients of its batches at w_j in training mode, gives them to torch's own optimizer
 (`resume`), and so reaches w_{j+1}. At the next stored state the replay is compared with what training really
 reached: `drift` is the distance between them, beyond rounding, over the length of the interval; the larger one of
 weights and running statistics. Other data, another loss, or randomness that was not recorded shows there.
+
+The gradient that training took from a batch is a_k times the gradient of the subject's loss: 1 over the number of
+batches where gradients were accumulated, a power of two under a gradient scaler, the batch's size for a summed loss.
+a_k is the recorded norm over the recomputed one, put to such a value where it lies beside one (`share_of`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from brittle.errors import NotFiniteError, PathMismatchError
-from brittle.path.flat import FlatModel, layout, state_of
-from brittle.path.resume import resume, second_moment, spend
-from brittle.path.rules import StepRule, step_rule
-from brittle.path.store import PathReader, Snapshot
+from brittle.errors import PathMismatchError
+from brittle.path.flat import FlatModel
+from brittle.path.observed import Batch, Snapshot, Step
+from brittle.path.optimizers import MOMENTS, OBSERVED, Moments, Recipe, step_rule
+from brittle.path.rerun import batch_gradient
+from brittle.path.resume import Resumed
+from brittle.path.rules import StepRule, scaled
+from brittle.path.store import PathReader
 from brittle.subject import Subject
 
 DRIFT_LIMIT = 0.01
@@ -29,15 +37,30 @@ DRIFT_LIMIT = 0.01
 NOISE = 1e-4
 """Share of the largest gradient below which Adam's steps may follow rounding errors."""
 
+NEAR = {0: 1e-3, 1: 0.03, 2: 0.03}
+"""How far, relatively, a batch's share may lie beside the value it is put to, by the precision of its forward pass."""
+
 
 @dataclass(frozen=True)
 class WalkedStep:
-    """One step of the path: the state before it, its examples, and how its gradient was spent."""
+    """One step of the path: the state before it, what was observed, and how its gradients were spent.
+
+    moves: the coordinates whose gradients the optimizer took, (P,) bool, None for all parameters.
+    """
 
     index: int
     state: Tensor  # shape: (P,)
-    ids: Tensor  # shape: (B,)
+    seen: Step
     rule: StepRule
+    moves: Tensor | None = None
+
+    @property
+    def batches(self) -> tuple[Batch, ...]:
+        return self.seen.batches
+
+    def taken(self, columns: slice, gradient: Tensor) -> Tensor:
+        """The part of some columns of a gradient that the optimizer took."""
+        return gradient if self.moves is None else gradient * self.moves[columns]
 
 
 @dataclass(frozen=True)
@@ -68,20 +91,78 @@ def walk(path: PathReader, subject: Subject, flat: FlatModel, reverse: bool = Fa
 def replay(path: PathReader, subject: Subject, flat: FlatModel, start: int, stop: int) -> Interval:
     """The steps from `start` up to `stop`, two neighbouring marks of the path.
 
-    A single step needs no gradient: its end is stored, and with it Adam's second moment.
+    A single step needs no replay: its end is stored, and with it what the optimizer holds. Under an optimizer whose
+    rule is not known, the states between two stored ones are interpolated.
     """
     before, after = (path.snapshot(at).to(flat.state.device) for at in (start, stop))
-    if stop == start + 1:
-        seen = path.step(start)
-        rule = step_rule(path.recipe(start).to(flat.state.device), _second_moment(after, len(flat)))
-        return Interval([WalkedStep(start, before.state, seen.ids, rule)], after.state, drift=0.0)
-    steps, drift = _retrace(path, subject, flat, before, after)
+    if stop == start + 1 or path.optimizer == OBSERVED:
+        moments, length = moments_of(path, after, flat), stop - start
+        states = [torch.lerp(before.state, after.state, k / length) for k in range(length)]
+        steps = [_walked(path, subject, flat, start + k, state, moments) for k, state in enumerate(states)]
+        return Interval(steps, after.state, 0.0)
+    steps, drift = retrace(path, subject, flat, before, after)
     if not drift <= DRIFT_LIMIT:
         raise PathMismatchError(
             f"the path must replay: from step {start} to {stop} it ends {drift:.2%} of the way off; the model, loss, "
-            "training data or their order differ from what was recorded, or training drew random numbers"
+            "training data or their order differ from what was recorded, training drew random numbers outside the "
+            "model, or it amplifies rounding errors (then record with a larger budget=)"
         )
     return Interval(steps, after.state, drift)
+
+
+def retrace(
+    path: PathReader, subject: Subject, flat: FlatModel, before: Snapshot, after: Snapshot
+) -> tuple[list[WalkedStep], float]:
+    """Replay from one stored state to the next: the steps, and how far off it ends."""
+    flat.load(before.state)
+    optimizer = Resumed(path.optimizer, path.step(before.step), flat, before)
+    steps = []
+    for index in range(before.step, after.step):
+        seen, recipe, state = path.step(index), path.recipe(index).to(flat.state.device), flat.state.clone()
+        total = step_gradient(subject, flat, seen, moves_of(recipe))  # the loss moves the running statistics
+        optimizer.spend(seen, clipped(recipe, seen, total))
+        if seen.statistics is not None:
+            flat.state[flat.parameters :] = seen.statistics.to(flat.state)
+        steps.append(_walked(path, subject, flat, index, state, optimizer.moments(), total))
+    noise = _noise(flat, moments_of(path, after, flat))
+    return steps, drift_of(before.state, flat.state.clone(), after.state, flat.parameters, noise)
+
+
+def step_gradient(subject: Subject, flat: FlatModel, seen: Step, moves: Tensor | None) -> Tensor:
+    """The gradient that backward left behind for a step, added up over its batches, (P,)."""
+    total = torch.zeros_like(flat.state)
+    for batch in seen.batches:
+        own = batch_gradient(subject, flat, batch, seen.manner.resting)
+        size = (own if moves is None else own * moves).double().norm().item()
+        total.add_(own, alpha=share_of(seen, batch, size))
+    return total
+
+
+def share_of(seen: Step, batch: Batch, norm: float) -> float:
+    """a_k: the factor between a batch's recomputed gradient, of Euclidean norm `norm`, and the recorded one.
+
+    Put to 2^n times 1, 1 / (number of batches), the batch's share of the rows or its size, where it lies beside one.
+    """
+    if norm == 0 or batch.norm == 0:
+        return 1.0
+    ratio = batch.norm / norm
+    for plain in (1.0, 1 / len(seen.batches), len(batch) / seen.examples, float(len(batch))):
+        value = plain * 2.0 ** round(math.log2(ratio / plain))
+        if abs(ratio / value - 1) <= NEAR[batch.autocast]:
+            return value
+    return ratio
+
+
+def clipped(recipe: Recipe, seen: Step, total: Tensor) -> Tensor:
+    """A step's gradient (P,) as the optimizer got it."""
+    spent = scaled(recipe.where_held(recipe.factors, rest=1.0), total)
+    return spent if seen.bound == math.inf else spent.clamp(-seen.bound, seen.bound)
+
+
+def moves_of(recipe: Recipe) -> Tensor | None:
+    """The coordinates that a step moves, (P,) bool; None where those are all that have gradients."""
+    moved = recipe.over(torch.ones(len(recipe.sizes)), rest=0.0)
+    return moved > 0 if isinstance(moved, Tensor) else None
 
 
 def drift_of(before: Tensor, reached: Tensor, recorded: Tensor, parameters: int, noise: Tensor | None = None) -> float:
@@ -100,103 +181,46 @@ def drift_of(before: Tensor, reached: Tensor, recorded: Tensor, parameters: int,
     return torch.tensor(parts).max().item()  # NaN, if either is
 
 
-def training_loss(subject: Subject, flat: FlatModel, ids: Tensor) -> Tensor:
-    """The loss of one recorded step at the flat model's present state, in training mode; a scalar."""
-    device = flat.state.device
-    inputs, targets = subject.train.inputs[ids].to(device), subject.train.targets[ids].to(device)
-    loss = subject.loss_of(subject.run(flat.train(), inputs.to(flat.state.dtype)), targets)
-    if not loss.isfinite():
-        raise NotFiniteError(f"the training loss must be finite, found {loss.item()} while replaying the path")
-    return loss
+def moments_of(path: PathReader, snapshot: Snapshot, flat: FlatModel) -> Moments:
+    """What the rule reads of a stored state, over the whole of it: each (P,)."""
+    names = [name for name in MOMENTS.get(path.optimizer, ()) if name in snapshot.buffers]
+    return {name: pad(snapshot.buffers[name], (0, len(flat) - flat.parameters)) for name in names}
 
 
-def batch_gradient(subject: Subject, flat: FlatModel, ids: Tensor) -> Tensor:
-    """Gradient of a step's loss with respect to the state, shape (P,); 0 for buffers."""
-    return flat.gradient(lambda: training_loss(subject, flat, ids))
+def _walked(
+    path: PathReader,
+    subject: Subject,
+    flat: FlatModel,
+    index: int,
+    state: Tensor,
+    moments: Moments,
+    total: Tensor | None = None,
+) -> WalkedStep:
+    """A step with its rule. total: its gradient, where it is known; only clipping by value asks for it."""
+    seen, recipe = path.step(index), path.recipe(index).to(flat.state.device)
+    moves, rule = moves_of(recipe), step_rule(recipe, moments)
+    if seen.bound < math.inf:
+        if total is None:
+            flat.load(state)
+            total = step_gradient(subject, flat, seen, moves)
+        cut = torch.where(total == 0, 1.0, clipped(recipe, seen, total) / torch.where(total == 0, 1.0, total))
+        rule = replace(rule, clip=recipe.where_held(recipe.sign, rest=1.0) * cut)
+    return WalkedStep(index, state, seen, rule, moves)
 
 
-def check_path(path: PathReader, subject: Subject) -> None:
-    """Check that the path belongs to this model and this training data, at the door.
-
-    Compares the architecture and the final weights, and replays single steps at the beginning, the middle and
-    the end. Raises `PathMismatchError` with what differs.
-    """
-    mine = [(s.name, tuple(s.shape), s.buffer) for s in layout(subject.model)]
-    if mine != path.slots:
-        raise PathMismatchError(
-            f"the path was recorded with {_describe(path.slots)}, this model has {_describe(mine)}; "
-            "audit it with the model it was recorded from"
-        )
-    final, reached = state_of(subject.model).cpu().double(), path.snapshot(path.steps).state.double()
-    if not torch.allclose(final, reached, rtol=1e-4, atol=1e-6):
-        raise PathMismatchError(
-            f"the path must end at the audited weights, they differ by up to {(final - reached).abs().max():.3g}; "
-            "load the weights that this training ended with, or record it again"
-        )
-    if path.largest_id >= len(subject.train):
-        raise PathMismatchError(
-            f"the path's ids must be positions in the {len(subject.train)} training examples, it names "
-            f"{path.largest_id}; pass the data that the recorded training drew from, in its order"
-        )
-    flat = FlatModel(subject.model)
-    for step in sorted({0, path.steps // 2, path.steps - 1}):
-        start, stop = next((a, b) for a, b in intervals(path) if a <= step < b)
-        before, after = (path.snapshot(at).to(flat.state.device) for at in (start, stop))
-        _, off = _retrace(path, subject, flat, before, after)
-        if not off <= DRIFT_LIMIT:
-            raise PathMismatchError(
-                f"recomputing step {step} must reproduce the recorded weights, it ends {off:.0%} of the step off; "
-                "the training data, their order (ids), the loss or the normalization differ from the training's, or "
-                "its inputs were augmented; hand over what it saw, or audit without a path"
-            )
-
-
-def _retrace(
-    path: PathReader, subject: Subject, flat: FlatModel, before: Snapshot, after: Snapshot
-) -> tuple[list[WalkedStep], float]:
-    """Replay from one stored state to the next: the steps, and how far off it ends."""
-    steps, reached = _run(path, subject, flat, before, after.step)
-    return steps, drift_of(before.state, reached, after.state, flat.parameters, _noise(flat, after))
-
-
-def _run(
-    path: PathReader, subject: Subject, flat: FlatModel, before: Snapshot, stop: int
-) -> tuple[list[WalkedStep], Tensor]:
-    """Replay from a snapshot up to step `stop`: the steps, and the state reached."""
-    flat.load(before.state)
-    optimizer = resume(path.recipe(before.step), flat, before)
-    steps = []
-    for index in range(before.step, stop):
-        ids, recipe, state = path.step(index).ids, path.recipe(index).to(flat.state.device), flat.state.clone()
-        spend(optimizer, recipe, flat, batch_gradient(subject, flat, ids))  # the loss moves the running statistics
-        steps.append(WalkedStep(index, state, ids, step_rule(recipe, second_moment(optimizer, flat))))
-    return steps, flat.state.clone()
-
-
-def _noise(flat: FlatModel, after: Snapshot) -> Tensor | None:
+def _noise(flat: FlatModel, moments: Moments) -> Tensor | None:
     """Coordinates that cannot be replayed on another machine: (P,) bool, None for SGD.
 
     Where the gradient vanishes but for rounding, as for a bias before batch normalization, Adam divides rounding
     errors by their own size. The running means behind such biases move with them.
     """
-    moment = _second_moment(after, len(flat))
-    if moment is None:
+    if not moments:
         return None
-    size = moment.sqrt()
+    name, size = next(iter(moments.items()))
+    size = size if name == "exp_inf" else size.sqrt()
     noise = size <= NOISE * size.max()
     noise[flat.parameters :] = False
     for slot in flat.slots:
         if slot.name.endswith("running_mean"):
             noise[slot.start : slot.stop] = True
     return noise
-
-
-def _second_moment(snapshot: Snapshot, size: int) -> Tensor | None:
-    """Adam's `exp_avg_sq` over the whole state, shape (P,); None for SGD."""
-    moment = snapshot.buffers.get("exp_avg_sq")
-    return None if moment is None else pad(moment, (0, size - len(moment)))
-
-
-def _describe(slots: list[tuple[str, tuple[int, ...], bool]]) -> str:
-    name, shape, _ = slots[-1]
-    return f"{len(slots)} tensors, the last {name} {shape}"

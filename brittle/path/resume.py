@@ -1,61 +1,74 @@
 """Torch's own optimizer, resumed at a stored state: replayed steps are then the training's, to the last bit.
 
 Training at a high learning rate multiplies rounding errors from step to step, so that a replay by the same formulas
-in another order of operations ends elsewhere. `rules` says how the steps are credited; this module takes them.
+in another order of operations ends elsewhere. `optimizers` says how the steps are credited; this module takes them.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from brittle.path.flat import FlatModel
-from brittle.path.rules import Recipe, scaled
-from brittle.path.store import Snapshot
+from brittle.path.observed import Snapshot, Step
+from brittle.path.optimizers import MOMENTS, MULTIPLIED, Moments
 
 
-def resume(recipe: Recipe, flat: FlatModel, before: Snapshot) -> Optimizer:
-    """An optimizer over the flat model's parameters as it was before step `before.step`. recipe: of that step."""
-    parameters = dict(flat.model.named_parameters())
-    groups: list[list[torch.nn.Parameter]] = [[] for _ in recipe.lr]
-    held = {}
-    for slot in flat.slots:
-        owner = int(recipe.owner[slot.start]) if slot.shape.numel() else -1
-        if owner < 0:
-            continue
-        parameter = parameters[slot.name]
-        groups[owner].append(parameter)
-        held[parameter] = {
-            name: buffer[slot.start : slot.stop].view(slot.shape).to(parameter, copy=True)
-            for name, buffer in before.buffers.items()
-        }
-    optimizer: Optimizer = getattr(torch.optim, recipe.optimizer)([{"params": group} for group in groups], lr=0.0)
-    if before.step:  # until then nothing is held
-        for parameter, buffers in held.items():
-            count = {} if recipe.optimizer == "SGD" else {"step": torch.tensor(float(before.step))}
-            optimizer.state[parameter] = {**count, **buffers}
-    return optimizer
+class Resumed:
+    """An optimizer over the flat model's parameters as it was before a snapshot's step."""
 
+    def __init__(self, kind: str, first: Step, flat: FlatModel, before: Snapshot) -> None:
+        self.kind, self.flat = kind, flat
+        self._parameters = dict(flat.model.named_parameters())
+        groups = [{"params": members} for members in self._members(first)]
+        self._optimizer: Optimizer = getattr(torch.optim, kind)(groups, lr=1e-3)
+        settings = {slot.name: first.manner.settings[k] for slot, k in zip(flat.slots, first.manner.owner, strict=True)}
+        for k, slot in enumerate(flat.slots):
+            if slot.buffer or not (before.counts[k] or kind == "Adagrad"):
+                continue  # until its first update nothing is held
+            parameter = self._parameters[slot.name]
+            held = {
+                name: buffer[slot.start : slot.stop].view(slot.shape).to(parameter, copy=True)
+                for name, buffer in before.buffers.items()
+            }
+            if kind != "SGD":
+                exact = torch.float32 if settings[slot.name].get("fused") else torch.get_default_dtype()
+                held["step"] = torch.tensor(float(before.counts[k]), dtype=exact)
+            if kind == "NAdam":
+                held[MULTIPLIED] = torch.tensor(before.products[k].item())
+            self._optimizer.state[parameter] = held
 
-def spend(optimizer: Optimizer, recipe: Recipe, flat: FlatModel, gradient: Tensor) -> None:
-    """Take the recipe's step with a gradient (P,) that is not yet clipped: moves the flat model's state."""
-    for group, lr, settings in zip(optimizer.param_groups, recipe.lr, recipe.settings, strict=True):
-        group.update(settings, lr=lr)
-    parameters = dict(flat.model.named_parameters())
-    for slot in flat.slots:
-        if slot.name in parameters:
-            parameters[slot.name].grad = scaled(recipe.clip, gradient[slot.start : slot.stop].view(slot.shape))
-    optimizer.step()
-    optimizer.zero_grad()
+    def spend(self, seen: Step, gradient: Tensor) -> None:
+        """Take a step with a gradient (P,) as the optimizer got it: moves the flat model's state."""
+        for group, lr, settings, members in zip(
+            self._optimizer.param_groups, seen.lr, seen.manner.settings, self._members(seen), strict=True
+        ):
+            group.update(settings, lr=lr, params=members)
+        for k, slot in enumerate(self.flat.slots):
+            if not slot.buffer:
+                rests = seen.counts[k] < 0
+                own = None if rests else gradient[slot.start : slot.stop].view(slot.shape)
+                self._parameters[slot.name].grad = own
+        self._optimizer.step()
+        self._optimizer.zero_grad()
 
+    def moments(self) -> Moments:
+        """What the rule reads of the optimizer's state, over the whole model's state, 0 where there is none."""
+        found = {}
+        for name in MOMENTS[self.kind]:
+            out = torch.zeros_like(self.flat.state)
+            for slot in self.flat.slots:
+                held = {} if slot.buffer else self._optimizer.state.get(self._parameters[slot.name], {})
+                if held.get(name) is not None:
+                    out[slot.start : slot.stop] = held[name].reshape(-1)
+                    found[name] = out
+        return found
 
-def second_moment(optimizer: Optimizer, flat: FlatModel) -> Tensor | None:
-    """Adam's `exp_avg_sq` over the whole state, 0 where it has none; None for SGD. Shape (P,)."""
-    if isinstance(optimizer, torch.optim.SGD):
-        return None
-    out, parameters = torch.zeros_like(flat.state), dict(flat.model.named_parameters())
-    for slot in flat.slots:
-        if slot.name in parameters and parameters[slot.name] in optimizer.state:
-            out[slot.start : slot.stop] = optimizer.state[parameters[slot.name]]["exp_avg_sq"].reshape(-1)
-    return out
+    def _members(self, seen: Step) -> list[list[nn.Parameter]]:
+        """The parameters of each group."""
+        groups: list[list[nn.Parameter]] = [[] for _ in seen.lr]
+        for slot, owner in zip(self.flat.slots, seen.manner.owner, strict=True):
+            if owner >= 0:
+                groups[owner].append(self._parameters[slot.name])
+        return groups

@@ -1,21 +1,20 @@
-"""The recorded path on disk: blocks of steps, written whole, and the reader that walks them.
+"""The recorded path on disk: what was observed of every step, and the states between which steps are replayed.
 
-    path.json                    the architecture, the optimizer, which group moves which parameter
-    blocks/00000000.safetensors  a block: the states (and optimizer buffers) before some of its steps,
-                                 and for every step its examples, learning rates, settings and clipping;
-                                 the last block holds the final state alone
-    end.json                     the number of steps; written by `close`, absent while training runs
+    path.json                    the architecture and the optimizer
+    steps/00000000.safetensors   a block of steps: examples, learning rates, settings, ...; written once
+    states/00000000.safetensors  the states (and what the optimizer holds) before some steps; thinned to the budget
+    average.safetensors          the averaged weights (EMA, SWA), where they are the audited model
+    end.json                     the number of steps and the states that there must be; absent while training runs
 
-A crash loses the block that was being filled and nothing else. Between two stored states the steps are
-replayed (`replay`). Loading costs one block of memory at a time.
+A crash loses the block that was being filled and nothing else: steps are never rewritten, and a state that goes
+with a crash while states are thinned is replayed. Loading costs one block of memory at a time.
 """
 
 from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,91 +24,127 @@ from torch import Tensor
 
 from brittle.errors import DamagedFileError, PathMismatchError
 from brittle.path.flat import Slot
-from brittle.path.rules import BUFFERS, Recipe
-from brittle.shards import read_arrays, read_bytes, read_notes, write_arrays, write_bytes
+from brittle.path.observed import Snapshot, Step
+from brittle.path.optimizers import Recipe
+from brittle.path.packing import packed_states, packed_steps, unpacked_states, unpacked_steps
+from brittle.shards import read_arrays, read_bytes, read_notes, whole, write_arrays, write_bytes
 
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Step:
-    """What was observed of one step: its examples and how the optimizer was set."""
-
-    ids: Tensor  # shape: (B,) int64
-    lr: tuple[float, ...]
-    settings: tuple[Mapping[str, Any], ...]
-    clip: float
+FORMAT = 2
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """The state before a step, and the optimizer's own buffers."""
-
-    step: int
-    state: Tensor  # shape: (P,)
-    buffers: Mapping[str, Tensor]  # each of shape (parameters,)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.state, *self.buffers.values()))
-
-    def to(self, device: torch.device) -> Snapshot:
-        """The same snapshot on a device."""
-        return Snapshot(self.step, self.state.to(device), {k: b.to(device) for k, b in self.buffers.items()})
-
-
-def write_header(root: Path, slots: Sequence[Slot], optimizer: str, owner: Sequence[int]) -> None:
-    """Write path.json. owner: the parameter group of each slot, -1 where no optimizer moves it."""
+def write_header(root: Path, slots: Sequence[Slot], optimizer: str, name: str, warnings: Sequence[str]) -> None:
+    """Write path.json. optimizer: the rule's name; name: the class's own; warnings: what a reader must be told."""
     header = {
         "format": FORMAT,
         "slots": [[s.name, list(s.shape), s.buffer] for s in slots],
         "optimizer": optimizer,
-        "owner": list(owner),
+        "optimizer_name": name,
+        "warnings": list(warnings),
         "torch": torch.__version__,
     }
     write_bytes(root / "path.json", json.dumps(header, indent=1).encode())
 
 
-def write_block(root: Path, first: int, steps: Sequence[Step], snapshots: Sequence[Snapshot]) -> None:
-    """Write the steps from `first` on, and the snapshots taken before some of them (none where they were thinned)."""
-    arrays = {
-        "ids": torch.cat([s.ids for s in steps]) if steps else torch.zeros(0, dtype=torch.int64),
-        "counts": torch.tensor([len(s.ids) for s in steps], dtype=torch.int64),
-        "lr": torch.tensor([s.lr for s in steps], dtype=torch.float64),
-        "clip": torch.tensor([s.clip for s in steps], dtype=torch.float64),
-        "at": torch.tensor([s.step for s in snapshots], dtype=torch.int64),
-    }
-    if snapshots:
-        arrays["state"] = torch.stack([s.state for s in snapshots])
-        for name in snapshots[0].buffers:
-            arrays[f"buffer.{name}"] = torch.stack([s.buffers[name] for s in snapshots])
-    changes = [(k, s.settings) for k, s in enumerate(steps) if k == 0 or s.settings != steps[k - 1].settings]
-    write_arrays(_block(root, first), arrays, {"settings": json.dumps(changes)})
+def write_steps(root: Path, first: int, steps: Sequence[Step]) -> None:
+    """Write the steps from `first` on as one block."""
+    arrays, notes = packed_steps(steps)
+    write_arrays(root / "steps" / f"{first:08d}.safetensors", arrays, notes)
 
 
-def thin_blocks(root: Path, every: int) -> int:
-    """Keep only the snapshots before steps that are multiples of `every`; returns the bytes that are left."""
+def write_states(root: Path, snapshots: Sequence[Snapshot]) -> None:
+    """Write states, named by the first."""
+    write_arrays(root / "states" / f"{snapshots[0].step:08d}.safetensors", packed_states(snapshots))
+
+
+def thin_states(root: Path, every: int) -> int:
+    """Keep the first state and those before steps that are multiples of `every`; returns the bytes that are left."""
     left = 0
-    for file in _blocks(root):
-        arrays, notes = read_arrays(file), read_notes(file)
-        keep = arrays["at"] % every == 0
-        stored = [name for name in arrays if _of_snapshots(name)]
-        for name in (*stored, "at"):
-            arrays[name] = arrays[name][keep]
-        if not keep.all():
-            write_arrays(file, arrays, notes)
-        left += sum(arrays[name].numel() * arrays[name].element_size() for name in stored)
+    for file in _files(root, "states"):
+        found = unpacked_states(read_arrays(file))
+        keep = [s for s in found if s.step % every == 0]
+        if not keep:
+            _delete(file)
+        elif len(keep) < len(found):
+            if keep[0].step != found[0].step:
+                write_states(root, keep)
+                _delete(file)
+            else:
+                write_arrays(file, packed_states(keep))
+        left += sum(s.nbytes for s in keep)
     return left
 
 
-def write_end(root: Path, steps: int) -> None:
-    """Mark the path as finished."""
-    write_bytes(root / "end.json", json.dumps({"steps": steps}).encode())
+def write_average(root: Path, state: Tensor) -> None:
+    """Write the averaged weights and running statistics, (P,)."""
+    write_arrays(root / "average.safetensors", {"state": state})
+
+
+def write_end(root: Path, steps: int, marks: Sequence[int]) -> None:
+    """Mark the path as finished: the number of steps, and the steps before which there must be a state."""
+    write_bytes(root / "end.json", json.dumps({"steps": steps, "marks": list(marks)}).encode())
 
 
 def finished(root: Path) -> bool:
     """Whether a finished path lies in `root`."""
     return (root / "end.json").exists()
+
+
+def clear(root: Path) -> None:
+    """Delete what an interrupted training left behind."""
+    for folder in ("steps", "states"):
+        for file in (root / folder).glob("*"):
+            file.unlink()
+
+
+def cut(root: Path, at: int, slots: Sequence[Slot], optimizer: str) -> tuple[Snapshot | None, list[int], int]:
+    """Take up an unfinished path again after its first `at` steps: what lies behind them is deleted.
+
+    Returns the state at `at` if it is stored, the steps before `at` that have one, and the bytes these states take.
+    Raises `PathMismatchError` where the path is another model's or does not reach so far.
+    """
+    header = _header(root)
+    if (_plain(slots), optimizer) != ([(n, tuple(s), b) for n, s, b in header["slots"]], header["optimizer"]):
+        raise PathMismatchError(
+            f"resume={at} must go on with the model and the optimizer of the path in {root}, found others; name another "
+            "folder, or load what this path was begun with"
+        )
+    reached = _cut_steps(root, at)
+    if reached < at:
+        raise PathMismatchError(
+            f"resume={at} must lie on the recorded path, {root} holds {reached} whole steps; resume from a checkpoint "
+            "that was saved before that (recorder.flush() returns the steps that are safe), or train anew"
+        )
+    return _cut_states(root, at)
+
+
+def _cut_steps(root: Path, at: int) -> int:
+    """Keep the whole blocks up to step `at`; returns the number of steps that are left."""
+    reached = 0
+    for file in _files(root, "steps"):
+        if not whole(file) or int(file.stem) != reached or reached >= at:
+            _delete(file)
+            continue
+        steps = unpacked_steps(read_arrays(file), read_notes(file))[: at - reached]
+        write_steps(root, reached, steps)
+        reached += len(steps)
+    return reached
+
+
+def _cut_states(root: Path, at: int) -> tuple[Snapshot | None, list[int], int]:
+    there: Snapshot | None = None
+    marks: list[int] = []
+    size = 0
+    for file in _files(root, "states"):
+        found = unpacked_states(read_arrays(file)) if whole(file) else []
+        there = next((s for s in found if s.step == at), there)
+        keep = [s for s in found if s.step < at]
+        marks += [s.step for s in keep]
+        size += sum(s.nbytes for s in keep)
+        if not keep:
+            _delete(file)
+        elif len(keep) < len(found):
+            write_states(root, keep)
+    return there, marks, size
 
 
 class PathReader:
@@ -120,104 +155,133 @@ class PathReader:
     path was never finished or is of another format.
     """
 
-    def __init__(self, root: Path) -> None:
-        if not (root / "path.json").exists():
-            raise PathMismatchError(
-                f"path= must name a folder that a Recorder wrote, {root} has no path.json; correct it or leave it out"
-            )
+    def __init__(self, root: Path | str) -> None:
+        root = Path(root)
+        header = _header(root)
         if not finished(root):
             raise PathMismatchError(
                 f"the path in {root} must be finished, it has no end.json; let the training run to recorder.close()"
             )
         self.root = root
-        header = json.loads(read_bytes(root / "path.json"))
-        if header["format"] != FORMAT:
-            raise PathMismatchError(
-                f"the path in {root} has format {header['format']}, this version reads {FORMAT}; record it again"
-            )
         self.optimizer: str = header["optimizer"]
+        self.optimizer_name: str = header["optimizer_name"]
+        self.warnings: list[str] = header["warnings"]
         self.slots = [(name, tuple(shape), buffer) for name, shape, buffer in header["slots"]]
-        self._owners: list[int] = header["owner"]
-        self.steps: int = json.loads(read_bytes(root / "end.json"))["steps"]
-        self._load = lru_cache(maxsize=2)(self._read_block)
+        self.sizes = torch.tensor([torch.Size(shape).numel() for _, shape, _ in self.slots])
+        end = json.loads(read_bytes(root / "end.json"))
+        self.steps: int = end["steps"]
+        self._block, self._states = lru_cache(maxsize=2)(self._read_block), lru_cache(maxsize=2)(self._read_states)
         self.largest_id, self.visits = -1, 0
-        self.marks = self._find_marks()
+        self.autocast, self.averaging = False, torch.zeros(self.steps, dtype=torch.float64)
+        self._firsts = self._read_steps()
+        self.marks = self._read_marks(end["marks"])
 
     @cached_property
-    def owner(self) -> Tensor:
-        """The parameter group of each coordinate of the state, -1 where no optimizer moves it. Shape (P,)."""
-        parts = [torch.full((torch.Size(s).numel(),), o) for (_, s, _), o in zip(self.slots, self._owners, strict=True)]
-        return torch.cat(parts)
+    def average(self) -> Tensor | None:
+        """The averaged weights that are the audited model, (P,); None where the last weights are."""
+        file = self.root / "average.safetensors"
+        return read_arrays(file)["state"] if self.averaging.any() else None
 
-    @property
-    def buffer_names(self) -> tuple[str, ...]:
-        return BUFFERS[self.optimizer]
+    @cached_property
+    def behind(self) -> Tensor:
+        """How much of each step the averaged weights lack, (S,): average = w_S - sum_s behind_s D_s.
+
+        With shares a_s of the new weights in the average after step s, behind_s = prod_{r >= s} (1 - a_r).
+        """
+        return (1 - self.averaging).flip(0).cumprod(0).flip(0)
+
+    def final(self) -> Tensor:
+        """The audited weights, (P,): the averaged ones where there are any, else the last."""
+        return self.snapshot(self.steps).state if self.average is None else self.average
 
     def snapshot(self, step: int) -> Snapshot:
         """The stored state before a step of `marks`."""
-        _, block = self._block_of(step)
-        row = int((block["at"] == step).nonzero()[0, 0])
-        buffers = {name: block[f"buffer.{name}"][row] for name in self.buffer_names}
-        return Snapshot(step, block["state"][row], buffers)
+        first = self._state_files[bisect.bisect_right(self._state_files, step) - 1]
+        return next(s for s in self._states(first) if s.step == step)
 
     def step(self, step: int) -> Step:
         """What was observed of a step."""
-        first, block = self._block_of(step)
-        k = step - first
-        start = int(block["counts"][:k].sum())
-        ids = block["ids"][start : start + int(block["counts"][k])]
-        return Step(ids, tuple(block["lr"][k].tolist()), self._settings(first, k), float(block["clip"][k]))
+        first = self._firsts[bisect.bisect_right(self._firsts, step) - 1]
+        return self._block(first)[step - first]
 
     def recipe(self, step: int) -> Recipe:
         """The coefficients' source for one step."""
         seen = self.step(step)
-        return Recipe(self.optimizer, self.owner, step, seen.lr, seen.settings, seen.clip, self._dtype)
+        owner = torch.tensor(seen.manner.owner)
+        settings = seen.manner.settings
+        return Recipe(
+            self.optimizer, self.sizes, owner, seen.counts, seen.factors, seen.extra, seen.lr, settings, self.dtype
+        )
 
-    def _find_marks(self) -> list[int]:
-        self._firsts, marks, reached = [], [], 0
-        for file in _blocks(self.root):
-            first, block = int(file.stem), read_arrays(file)
+    def _read_steps(self) -> list[int]:
+        """Look once at every block of steps: they must follow each other without a gap."""
+        firsts, reached = [], 0
+        for file in _files(self.root, "steps"):
+            first, steps = int(file.stem), self._block(int(file.stem))
             if first != reached:
                 raise DamagedFileError(
-                    f"{self.root}/blocks lacks the steps from {reached} to {first}; record the training again"
+                    f"{self.root}/steps lacks the steps from {reached} to {first}; record the training again"
                 )
-            self._firsts.append(first)
-            marks += block["at"].tolist()
-            if len(block["at"]):
-                self._dtype = block["state"].dtype
-            self.largest_id = max(self.largest_id, int(block["ids"].max()) if len(block["ids"]) else -1)
-            self.visits += len(block["ids"])
-            reached = first + len(block["counts"])
-        if reached != self.steps or marks[:1] != [0] or marks[-1] != self.steps:
+            for k, step in enumerate(steps, start=first):
+                self.visits += step.examples
+                self.largest_id = max(self.largest_id, *(int(batch.ids.max()) for batch in step.batches))
+                self.autocast |= any(batch.autocast for batch in step.batches)
+                if k < self.steps:
+                    self.averaging[k] = step.averaged
+            firsts.append(first)
+            reached = first + len(steps)
+        if reached != self.steps:
             raise DamagedFileError(
-                f"{self.root} must hold {self.steps} steps and the states at both ends, found {reached} steps; "
-                "record the training again"
+                f"{self.root}/steps must hold {self.steps} steps, found {reached}; record the training again"
             )
-        return sorted(set(marks))
+        return firsts
 
-    def _block_of(self, step: int) -> tuple[int, dict[str, Tensor]]:
-        first = self._firsts[bisect.bisect_right(self._firsts, step) - 1]
-        return first, self._load(first)
+    def _read_marks(self, expected: Sequence[int]) -> list[int]:
+        self._state_files, marks = [], []
+        for file in _files(self.root, "states"):
+            found = self._states(int(file.stem))
+            self._state_files.append(int(file.stem))
+            marks += [s.step for s in found]
+            self.dtype = found[0].state.dtype
+        lost = sorted(set(expected) - set(marks))
+        if lost or marks[:1] != [0] or marks[-1] != self.steps:
+            raise DamagedFileError(
+                f"{self.root}/states must hold the states that were recorded, the one before step {(lost or [0])[0]} "
+                "is missing; copy the whole folder, or record the training again"
+            )
+        return sorted(marks)
 
-    def _read_block(self, first: int) -> dict[str, Tensor]:
-        return read_arrays(_block(self.root, first))
+    def _read_block(self, first: int) -> list[Step]:
+        file = self.root / "steps" / f"{first:08d}.safetensors"
+        return unpacked_steps(read_arrays(file), read_notes(file))
 
-    @lru_cache(maxsize=64)  # noqa: B019  (a reader lives as long as its audit)
-    def _changes(self, first: int) -> list[tuple[int, list[dict[str, Any]]]]:
-        return json.loads(read_notes(_block(self.root, first))["settings"])
-
-    def _settings(self, first: int, k: int) -> tuple[Mapping[str, Any], ...]:
-        return tuple(next(s for at, s in reversed(self._changes(first)) if at <= k))
+    def _read_states(self, first: int) -> list[Snapshot]:
+        return unpacked_states(read_arrays(self.root / "states" / f"{first:08d}.safetensors"))
 
 
-def _of_snapshots(name: str) -> bool:
-    return name == "state" or name.startswith("buffer.")
+def _header(root: Path) -> dict[str, Any]:
+    if not (root / "path.json").exists():
+        raise PathMismatchError(
+            f"path= must name a folder that a Recorder wrote, {root} has no path.json; correct it or leave it out"
+        )
+    header = json.loads(read_bytes(root / "path.json"))
+    if header["format"] != FORMAT:
+        raise PathMismatchError(
+            f"the path in {root} has format {header['format']}, this version reads {FORMAT}; record it again"
+        )
+    return header
 
 
-def _blocks(root: Path) -> list[Path]:
-    """The files of all blocks, in the order of their steps."""
-    return sorted((root / "blocks").glob("*.safetensors"))
+def _plain(slots: Sequence[Slot]) -> list[tuple[str, tuple[int, ...], bool]]:
+    return [(s.name, tuple(s.shape), s.buffer) for s in slots]
 
 
-def _block(root: Path, first: int) -> Path:
-    return root / "blocks" / f"{first:08d}.safetensors"
+def _files(root: Path, folder: str) -> list[Path]:
+    """The files of a folder, in the order of their steps."""
+    return sorted((root / folder).glob("*.safetensors"))
+
+
+def _delete(file: Path) -> None:
+    """A file and its checksum, which goes last: a file without its checksum does not count."""
+    file.with_name(file.name + ".sha256").unlink(missing_ok=True)
+    file.unlink()

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from brittle.errors import UnsupportedError
 
 REMEDY = "or audit the trained model without a path"
+WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
+"""Models around a model, and where they keep it."""
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside what torch wraps around it. Raises `UnsupportedError` for one that is spread over processes."""
+    kinds = {type(module).__name__ for module in model.modules()}
+    if any("FSDP" in kind or "FullySharded" in kind for kind in kinds) or _sharded(model):
+        raise UnsupportedError(
+            "a model under FSDP cannot be recorded, each process holds a part of the weights only; train it with "
+            f"DistributedDataParallel or in one process, {REMEDY}"
+        )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = torch.distributed.get_world_size()
+        if world > 1:
+            raise UnsupportedError(
+                f"rank 0 must see the ids of all batches, found {world} processes that each see their own; train in one "
+                f"process, {REMEDY}"
+            )
+    while type(model).__name__ in WRAPPERS:
+        model = getattr(model, WRAPPERS[type(model).__name__])
+    return model
 
 
 def check_training(model: nn.Module) -> None:
-    """Refuse modules whose steps cannot be replayed: they draw random numbers, or keep a count that is not recorded.
-
-    Raises `UnsupportedError` that names the module.
-    """
+    """Refuse modules whose steps cannot be replayed. Raises `UnsupportedError` that names the module."""
     for name, module in model.named_modules():
-        rate = _dropout(module)
-        if rate > 0:
-            raise UnsupportedError(
-                f"dropout in training cannot be accounted for yet, {name} has p={rate:g}; set it to 0, {REMEDY}"
-            )
-        if isinstance(module, nn.RReLU) or type(module).__name__ == "StochasticDepth":
-            raise UnsupportedError(
-                f"modules that draw random numbers cannot be replayed, {name} is {type(module).__name__}; take it out, "
-                f"{REMEDY}"
-            )
-        if isinstance(module, _NormBase) and module.track_running_stats and module.momentum is None:
-            raise UnsupportedError(
-                f"running statistics must move by a fixed momentum, {name} has momentum=None; set it to 0.1, {REMEDY}"
-            )
         if isinstance(module, _SpectralNorm):
             raise UnsupportedError(
                 f"weights may not change in the forward pass, spectral normalization does it in {name}; take it out, "
@@ -39,20 +44,10 @@ def check_training(model: nn.Module) -> None:
             )
 
 
-def check_modes(model: nn.Module) -> None:
-    """Refuse a step during which a layer's running statistics stood still: replay runs all layers in training mode."""
-    for name, module in model.named_modules():
-        if isinstance(module, _NormBase) and module.track_running_stats and not module.training:
-            raise UnsupportedError(
-                f"normalization must be in training mode in every step, {name} is in evaluation mode; call "
-                f"model.train() before the step, {REMEDY}"
-            )
+def counts_batches(model: nn.Module) -> bool:
+    """Whether running statistics move by a count that is no part of the state (momentum=None)."""
+    return any(isinstance(m, _NormBase) and m.track_running_stats and m.momentum is None for m in model.modules())
 
 
-def _dropout(module: nn.Module) -> float:
-    """The probability with which a module drops out values in training."""
-    if isinstance(module, _DropoutNd):
-        return module.p
-    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
-        return float(module.dropout)
-    return 0.0
+def _sharded(model: nn.Module) -> bool:
+    return any(type(p).__name__ == "DTensor" for p in model.parameters())

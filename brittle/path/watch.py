@@ -1,20 +1,22 @@
-"""By how much gradients shrink between backward and step: one factor for all, or it is refused.
+"""What happens to gradients between backward and step, tensor by tensor.
 
-Clipping by norm multiplies every gradient by one factor c, which the path kernel takes as observed. Clipping by
-value, accumulation over several backward passes, and gradients that were written by hand are no such factor. With
-two norms of every parameter's gradient g, as it came out of backward, and of the gradient g' that the optimizer gets,
-
-    |g'|_2 / |g|_2 = |g'|_inf / |g|_inf = c        for every parameter, or the step is refused.
+Two norms of each gradient are compared: g as it came out of backward (added up over the batches of a step) and g'
+as the optimizer gets it. Clipping by norm, or a scaler, multiplies: |g'|_2 / |g|_2 = |g'|_inf / |g|_inf = c. Clipping
+by value cuts: |g'|_inf = v for every tensor that it reached, and c for the others. Then g' = clamp(c g, -v, v).
+Anything else (noise, gradients written by hand) is no such rule, and is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from brittle.errors import NotFiniteError, UnsupportedError
+from brittle.path.forwards import ForwardPass
 
 TOLERANCE = 1e-4
 """Relative spread of the factors up to which they count as one."""
@@ -22,71 +24,135 @@ TOLERANCE = 1e-4
 NEGLIGIBLE = 1e-7
 """Share of the largest norm below which a gradient's own factor is rounding."""
 
+OTHERWISE = (
+    "gradients may be multiplied or clipped between backward and step, found one that was changed otherwise (noise, "
+    "projection, hand-written gradients); take it out, or audit the trained model without a path"
+)
+
+
+@dataclass
+class BackwardPass:
+    """One backward pass: norms of each tensor's own gradient, and whether it began from nothing."""
+
+    forward: ForwardPass | None
+    norms: dict[str, Tensor] = field(default_factory=dict)  # each of shape (2,)
+    fresh: bool = True
+
+    def norm(self, names: Collection[str]) -> float:
+        """Euclidean norm of the pass's gradient over some tensors."""
+        parts = [n[0] for name, n in self.norms.items() if name in names]
+        return torch.stack(parts).double().square().sum().sqrt().item() if parts else 0.0
+
 
 class GradientWatch:
-    """Notes the gradients of named parameters as backward delivers them; `factor` reads and forgets them."""
+    """Notes the gradients of named parameters as backward delivers them.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._parameters = parameters
+    `passes` are the backward passes whose gradients are alive: one that finds no gradients has had those before
+    it thrown away (a skipped step). latest: says which forward pass came last.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], latest: Callable[[], ForwardPass | None]) -> None:
+        self.passes: list[BackwardPass] = []
+        self._parameters, self._latest = parameters, latest
         self._raw: dict[str, Tensor] = {}
-        self._hooks = [p.register_hook(self._note(name)) for name, p in parameters.items()]
+        self._kept: dict[str, bool] = {}
+        self._hooks: dict[str, list[RemovableHandle]] = {}
+        self.follow()
 
-    def factor(self) -> float:
-        """The one factor between backward and step.
+    def follow(self) -> None:
+        """Watch what is trained by now: parameters may be frozen and unfrozen."""
+        for name, p in self._parameters.items():
+            if p.requires_grad and name not in self._hooks:
+                after = p.register_post_accumulate_grad_hook(self._add(name))
+                self._hooks[name] = [p.register_hook(self._note(name, p)), after]
+
+    def alive(self) -> list[BackwardPass]:
+        """The passes that the present gradients were added up from."""
+        fresh = [k for k, one in enumerate(self.passes) if one.fresh]
+        return self.passes[fresh[-1] :] if fresh else []
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.passes.clear()
+        self._raw.clear()
+
+    def factors(self) -> tuple[dict[str, float], float]:
+        """The factor c of every tensor that has a gradient, and the bound v (infinite without clipping by value).
 
         Raises:
-            UnsupportedError: where a gradient is missing or sparse, or was changed by more than one factor.
+            UnsupportedError: where a gradient is sparse, or was changed in another way.
             NotFiniteError: where a gradient is not finite.
         """
-        pairs = [(self._raw_norms(name), _norms(self._given(name, p))) for name, p in self._parameters.items()]
-        self._raw.clear()
-        if not pairs:
-            return 1.0
-        raw, given = (torch.stack(side).double().cpu() for side in zip(*pairs, strict=True))  # shape: (tensors, 2)
+        names = [name for name, p in self._parameters.items() if self._given(name, p) is not None]
+        if not names:
+            return {}, float("inf")
+        given = torch.stack([_norms(self._parameters[n].grad) for n in names]).double().cpu()  # shape: (n, 2)
+        raw = torch.stack([self._raw.get(n, torch.zeros(2, device=given.device)).cpu() for n in names]).double()
         if not (raw.isfinite().all() and given.isfinite().all()):
             raise NotFiniteError("gradients must be finite, found NaN or infinity; the training diverged")
-        counts = raw > NEGLIGIBLE * raw.amax(0)
-        if not counts.any():
-            return 1.0
-        factors = (given[counts] / raw[counts]).sort().values
-        middle = factors[len(factors) // 2].item()
-        if (factors[-1] - factors[0]).item() > TOLERANCE * middle:
-            raise UnsupportedError(
-                "gradients may only be scaled by one factor between backward and step (clipping by norm), found "
-                f"factors from {factors[0]:.4g} to {factors[-1]:.4g}; clipping by value and gradient accumulation "
-                "cannot be accounted for yet"
-            )
-        return 1.0 if abs(middle - 1) < 1e-6 else middle
+        found, bound = _explained(raw, given)
+        return dict(zip(names, found.tolist(), strict=True)), bound
 
     def close(self) -> None:
         """Stop watching."""
-        for hook in self._hooks:
-            hook.remove()
+        for hooks in self._hooks.values():
+            for hook in hooks:
+                hook.remove()
 
-    def _note(self, name: str) -> Callable[[Tensor], None]:
+    def _note(self, name: str, parameter: nn.Parameter) -> Callable[[Tensor], None]:
         def note(gradient: Tensor) -> None:
-            if not gradient.is_sparse:
-                self._raw[name] = _norms(gradient)
+            if gradient.is_sparse:
+                return
+            forward = self._latest()
+            if not self.passes or name in self.passes[-1].norms or self.passes[-1].forward is not forward:
+                self.passes.append(BackwardPass(forward))
+            self._kept[name] = parameter.grad is not None and bool(parameter.grad.any())
+            self.passes[-1].fresh &= not self._kept[name]
+            self.passes[-1].norms[name] = _norms(gradient)
 
         return note
 
-    def _given(self, name: str, parameter: nn.Parameter) -> Tensor:
+    def _add(self, name: str) -> Callable[[Tensor], None]:
+        def add(parameter: Tensor) -> None:
+            if name in self._kept:
+                self._raw[name] = _norms(parameter.grad) if self._kept[name] else self.passes[-1].norms[name]
+
+        return add
+
+    def _given(self, name: str, parameter: nn.Parameter) -> Tensor | None:
         if parameter.grad is not None and parameter.grad.is_sparse:
             raise UnsupportedError(f"sparse gradients cannot be accounted for, found one in {name}; use sparse=False")
-        if parameter.grad is None or name not in self._raw:
-            raise UnsupportedError(
-                f"every trained parameter needs a gradient from backward() in every step, {name} has none; freeze it "
-                "with requires_grad_(False) before the Recorder is made, or keep it out of the optimizer"
-            )
         return parameter.grad
 
-    def _raw_norms(self, name: str) -> Tensor:
-        return self._raw.get(name, torch.zeros(2))
+
+def _explained(raw: Tensor, given: Tensor) -> tuple[Tensor, float]:
+    """One factor a tensor (n,), and the bound of clipping by value. raw, given: (n, 2), two norms of each."""
+    counts = (raw[:, 0] > NEGLIGIBLE * raw[:, 0].max()) & (given[:, 0] > 0)
+    if bool((~counts & (given[:, 0] > given[:, 0].max() * NEGLIGIBLE * 100)).any()):
+        raise UnsupportedError(OTHERWISE)
+    size, peak = (given / raw.clamp_min(1e-300)).unbind(1)
+    scaled = ((size - peak).abs() <= TOLERANCE * peak) | ~counts
+    factors = torch.where(counts, size, 1.0)
+    common = factors[counts & scaled].median().item() if bool((counts & scaled).any()) else 1.0
+    bound = float("inf")
+    if not scaled.all():
+        bound = given[~scaled, 1].max().item()
+        cut = given[:, 1] >= bound * (1 - TOLERANCE)
+        if bool((~scaled & ~cut).any()):
+            raise UnsupportedError(OTHERWISE)
+        uncut = factors[counts & scaled & ~cut]
+        common = uncut.median().item() if len(uncut) else 1.0
+        factors[cut] = common
+    near = (factors - common).abs() <= TOLERANCE * common
+    factors[near | ~counts] = common
+    factors[(factors - 1).abs() < 1e-6] = 1.0
+    return factors, bound
 
 
 @torch.no_grad()
-def _norms(gradient: Tensor) -> Tensor:
+def _norms(gradient: Tensor | None) -> Tensor:
     """Euclidean and largest norm, shape (2,)."""
+    assert gradient is not None
     exact = torch.promote_types(gradient.dtype, torch.float32)
     norms = [torch.linalg.vector_norm(gradient.detach(), order, dtype=exact) for order in (2, float("inf"))]
     return torch.stack(norms)

@@ -1,0 +1,97 @@
+"""Does a path belong to a model and its training data? Checked at the door, before anything is computed from it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from brittle.errors import PathMismatchError
+from brittle.path.flat import FlatModel, layout, state_of
+from brittle.path.forwards import ForwardWatch
+from brittle.path.observed import Batch, Step
+from brittle.path.optimizers import OBSERVED
+from brittle.path.replay import DRIFT_LIMIT, intervals, retrace
+from brittle.path.rerun import batch_inputs, batch_targets, training_loss
+from brittle.path.store import PathReader
+from brittle.subject import Subject
+
+SAME = 1e-3
+"""Relative difference up to which two descriptions of a batch's inputs are the same."""
+
+
+def check_path(path: PathReader, subject: Subject) -> None:
+    """Check that the path belongs to this model and this training data.
+
+    Compares the architecture, the final weights and what the model was called with, and replays the steps between
+    stored states at the beginning, the middle and the end. Raises `PathMismatchError` with what differs.
+    """
+    mine = [(s.name, tuple(s.shape), s.buffer) for s in layout(subject.model)]
+    if mine != path.slots:
+        raise PathMismatchError(
+            f"the path was recorded with {_named(path.slots)}, this model has {_named(mine)}; "
+            "audit it with the model it was recorded from"
+        )
+    final, reached = state_of(subject.model).cpu().double(), path.final().double()
+    if not torch.allclose(final, reached, rtol=1e-4, atol=1e-6):
+        which = "averaged weights (average=)" if path.average is not None else "weights"
+        raise PathMismatchError(
+            f"the path must end at the audited weights, its {which} differ from them by up to "
+            f"{(final - reached).abs().max():.3g}; load the weights that this training ended with, or record it again"
+        )
+    if path.largest_id >= len(subject.train):
+        raise PathMismatchError(
+            f"the path's ids must be positions in the {len(subject.train)} training examples, it names "
+            f"{path.largest_id}; pass the data that the recorded training drew from, in its order"
+        )
+    flat = FlatModel(subject.model)
+    for step in sorted({0, path.steps // 2, path.steps - 1}):
+        start, stop = next((a, b) for a, b in intervals(path) if a <= step < b)
+        before, after = (path.snapshot(at).to(flat.state.device) for at in (start, stop))
+        flat.load(before.state)
+        _check_inputs(subject, flat, path.step(start), start)
+        if path.optimizer == OBSERVED:
+            continue
+        _, off = retrace(path, subject, flat, before, after)
+        if not off <= DRIFT_LIMIT:
+            raise PathMismatchError(
+                f"recomputing step {start} must reproduce the recorded weights, from there to step {stop} it ends "
+                f"{off:.0%} of the way off though the inputs are the same; the labels, the loss, the normalization or "
+                "the modules in training mode differ from the training's; hand over what it used, or audit without a "
+                "path"
+            )
+
+
+def _check_inputs(subject: Subject, flat: FlatModel, seen: Step, step: int) -> None:
+    """Hold what the model is called with against what it was called with in training."""
+    for batch in seen.batches:
+        inputs, targets = batch_inputs(subject, batch), batch_targets(subject, batch)
+        if len(inputs) != len(targets):
+            raise PathMismatchError(f"step {step} has {len(inputs)} inputs and {len(targets)} targets; record it again")
+        found = _seen_now(subject, flat, batch, seen)
+        pairs = list(zip(batch.seen, found, strict=True))
+        known = not any(math.isnan(v) for pair in pairs for v in pair)
+        scale = abs(batch.seen[1]) or 1.0
+        if known and any(abs(a - b) > SAME * scale for a, b in pairs):
+            raise PathMismatchError(
+                f"the training data must be those of the recorded training, the inputs of step {step} had mean "
+                f"{batch.seen[0]:.4g} and root mean square {batch.seen[1]:.4g}, now {found[0]:.4g} and {found[1]:.4g}; "
+                "pass the same data in the same order and normalization, and augment= (or store the inputs, "
+                "recorder.batch(ids, inputs=...)) where training augmented them"
+            )
+
+
+def _seen_now(subject: Subject, flat: FlatModel, batch: Batch, seen: Step) -> tuple[float, float, float]:
+    watch = ForwardWatch(flat.model)
+    state = flat.state.clone()
+    try:
+        training_loss(subject, flat, batch, seen.manner.resting)
+        return watch.last.seen if watch.last else (math.nan,) * 3
+    finally:
+        watch.close()
+        flat.load(state)
+
+
+def _named(slots: list[tuple[str, tuple[int, ...], bool]]) -> str:
+    name, shape, _ = slots[-1]
+    return f"{len(slots)} tensors, the last {name} {shape}"

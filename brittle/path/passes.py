@@ -1,0 +1,104 @@
+"""Which call of `batch()` belongs to which backward pass of a step, and the checks of what it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from brittle.errors import DataError
+from brittle.path.forwards import ForwardPass
+from brittle.path.observed import Batch
+from brittle.path.watch import BackwardPass
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of `batch()`, and how many backward passes had begun by then."""
+
+    ids: Tensor
+    epoch: int
+    given: Mapping[str, Tensor]
+    at: int
+
+
+def checked_call(
+    ids: Tensor | Sequence[int], epoch: int, given: Mapping[str, Tensor | None], repeats: bool, at: int
+) -> Call:
+    """A call of `batch()`, checked and copied. Raises `DataError`."""
+    ids = torch.as_tensor(ids).detach().cpu()
+    if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8) or ids.dim() not in (1, 2):
+        raise DataError(
+            f"batch() needs the positions of the batch's examples as whole numbers (B,), found {ids.dtype} of shape "
+            f"{tuple(ids.shape)}; let the data set return the index of each example"
+        )
+    ids = ids.long().clone()
+    if ids.numel() == 0 or int(ids.min()) < 0:
+        raise DataError(
+            f"batch() needs the positions of the batch's examples, counted from 0, found {ids.flatten().tolist()[:5]}"
+        )
+    rows = ids if ids.dim() == 1 else ids[:, 0]
+    if not repeats and len(rows.unique()) < len(rows):
+        values, counts = rows.unique(return_counts=True)
+        raise DataError(
+            f"ids may not repeat within a batch, found {int(values[counts.argmax()])} {int(counts.max())} times in "
+            f"{len(rows)}; pass positions in the training data, not labels, or Recorder(repeats=True) where the sampler "
+            "draws with replacement"
+        )
+    kept = {name: torch.as_tensor(v).detach().cpu().clone() for name, v in given.items() if v is not None}
+    for name, value in kept.items():
+        expected = tuple(ids.shape) if name == "shares" else tuple(rows.shape)
+        if tuple(value.shape[: len(expected)]) != expected:
+            raise DataError(
+                f"batch({name}=) must have one row an example, {expected}, found shape {tuple(value.shape)}; pass them "
+                "in the order of the ids"
+            )
+    if ids.dim() == 2 and "shares" not in kept:
+        raise DataError(f"ids of shape {tuple(ids.shape)} need shares of the same shape, found none; pass shares=")
+    return Call(ids, int(epoch), kept, at)
+
+
+def matched(
+    calls: Sequence[Call], passes: Sequence[BackwardPass], alive: Sequence[BackwardPass], trained: Collection[str]
+) -> list[tuple[Batch, ForwardPass | None]]:
+    """The batches of one step, with the forward pass of each. trained: the tensors whose gradients count.
+
+    A call belongs to the last backward pass before it that no call has, else to the last one before the next call:
+    so `batch()` may stand before or behind the pass, and an attack's own backward passes are left out.
+    Raises `DataError` where a live pass has no ids.
+    """
+    pairs, claimed = [], -1
+    for k, call in enumerate(calls):
+        following = calls[k + 1].at if k + 1 < len(calls) else len(passes)
+        mine = call.at - 1 if call.at - 1 > claimed else following - 1
+        if mine > claimed:
+            pairs.append((call, passes[mine]))
+            claimed = mine
+    living = {id(one) for one in alive}
+    pairs = [(call, one) for call, one in pairs if id(one) in living]
+    if len(pairs) < max(len(alive), 1):
+        raise DataError(
+            "call recorder.batch(ids) once for every backward pass before optimizer.step(), found "
+            f"{len(pairs)} for {len(alive)} passes whose gradients this step takes"
+        )
+    return [(_batch(call, one, trained), one.forward) for call, one in pairs]
+
+
+def _batch(call: Call, one: BackwardPass, trained: Collection[str]) -> Batch:
+    forward = one.forward or ForwardPass()
+    if forward.rows is not None and forward.rows != len(call.ids):
+        raise DataError(
+            f"batch() needs one id a row, found {len(call.ids)} ids for a forward pass of {forward.rows} inputs; pass the "
+            "ids of this very batch"
+        )
+    return Batch(
+        call.ids,
+        call.epoch,
+        one.norm(trained),
+        forward.autocast,
+        forward.seen,
+        random=forward.random,
+        **call.given,
+    )

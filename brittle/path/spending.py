@@ -1,0 +1,180 @@
+"""The optimizer's side of a recorded step: who moves what, how it is set, what it holds, and what only it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from brittle.errors import UnsupportedError
+from brittle.path.flat import Slot
+from brittle.path.optimizers import MULTIPLIED, OBSERVED, kind_of
+
+NOT_SETTINGS = ("params", "lr", "initial_lr", "param_names")
+PLAIN = (bool, int, float, type(None))
+
+
+class Spending:
+    """Reads an optimizer, step by step.
+
+    kind: the rule's name; name: the optimizer's own; warnings: what a reader of the path must be told.
+    updates: how often each tensor was moved so far, (n,).
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, slots: Sequence[Slot], parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        self._optimizer, self._slots, self._parameters = optimizer, slots, parameters
+        self.kind, self.name = kind_of(optimizer), type(optimizer).__name__
+        self.updates = torch.tensor([self._updates(slot) for slot in slots])
+        self.warnings = self._warnings()
+        self._active = torch.zeros(len(slots), dtype=torch.bool)
+        self._before: dict[str, Tensor] = {}
+        self._traces: dict[str, Tensor] = {}
+        self.owner()  # refuses at the door what it would refuse at the first step
+
+    @property
+    def trained(self) -> set[str]:
+        """The names of the parameters that the optimizer moves by now."""
+        return {slot.name for slot, owner in zip(self._slots, self.owner(), strict=True) if owner >= 0}
+
+    def owner(self) -> tuple[int, ...]:
+        """The parameter group of each tensor of the state, -1 where the optimizer has none or it is frozen."""
+        group_of = {id(p): k for k, g in enumerate(self._optimizer.param_groups) for p in g["params"]}
+        if set(group_of) - {id(p) for p in self._parameters.values()}:
+            raise UnsupportedError(
+                "the optimizer must move the model's own parameters only, it holds others besides; give them to an "
+                "optimizer of their own, or make them part of the model"
+            )
+        owners = []
+        for slot in self._slots:
+            p = None if slot.buffer else self._parameters[slot.name]
+            owners.append(group_of.get(id(p), -1) if p is not None and p.requires_grad else -1)
+        return tuple(owners)
+
+    def settings(self) -> tuple[dict[str, Any], ...]:
+        """The plain settings of each parameter group, learning rates apart."""
+        return tuple(
+            {k: _plain(v) for k, v in g.items() if k not in NOT_SETTINGS and _is_plain(v)}
+            for g in self._optimizer.param_groups
+        )
+
+    def lr(self) -> tuple[float, ...]:
+        """The learning rate of each parameter group."""
+        return tuple(float(g["lr"]) for g in self._optimizer.param_groups)
+
+    def skipped(self) -> bool:
+        """Whether a scaler has told a fused optimizer to leave this step out."""
+        found = getattr(self._optimizer, "found_inf", None)
+        return found is not None and bool(found > 0)
+
+    def begin(self, factors: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """Before the step: its counts and factors by tensor, both (n,). factors: of tensors that have a gradient."""
+        moved = [slot.name in factors and owner >= 0 for slot, owner in zip(self._slots, self.owner(), strict=True)]
+        self._active = torch.tensor(moved)
+        scale = getattr(self._optimizer, "grad_scale", None)
+        unscaled = 1.0 if scale is None else 1 / float(scale)  # a fused optimizer divides inside its step
+        if self.kind == OBSERVED:
+            self._trace(factors)
+        found = [factors.get(slot.name, 1.0) * unscaled for slot in self._slots]
+        return torch.where(self._active, self.updates, -1), torch.tensor(found, dtype=torch.float64)
+
+    def end(self) -> Tensor:
+        """After the step: NAdam's product, or the projection of each displacement on the traced gradients. (n,)."""
+        self.updates = self.updates + self._active.long()
+        return self._projections() if self.kind == OBSERVED else self.products()
+
+    def products(self) -> Tensor:
+        """NAdam's running product for each tensor, 1 where it has not begun. (n,)."""
+        held = [self._held(slot).get(MULTIPLIED, 1.0) for slot in self._slots]
+        return torch.tensor([float(p) for p in held], dtype=torch.float64)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What the optimizer holds over all parameters, 0 where it has not begun; each (parameters,)."""
+        states = {s.name: dict(self._held(s)) for s in self._slots if not s.buffer}
+        if self.kind == OBSERVED:
+            states = {name: {"trace": self._traces[name]} if name in self._traces else {} for name in states}
+        names = {
+            key: None
+            for name, held in states.items()
+            for key, value in held.items()
+            if isinstance(value, Tensor)
+            and value.shape == self._parameters[name].shape
+            and key not in ("step", MULTIPLIED)
+        }
+        return {key: self._over_parameters(states, key) for key in names}
+
+    def restore(self, buffers: Mapping[str, Tensor]) -> None:
+        """Take the traces of an observed optimizer up again from a stored state."""
+        if self.kind == OBSERVED and "trace" in buffers:
+            for slot in self._slots:
+                if not slot.buffer:
+                    self._traces[slot.name] = buffers["trace"][slot.start : slot.stop].view(slot.shape).clone()
+
+    def _over_parameters(self, states: Mapping[str, Mapping[str, Any]], key: str) -> Tensor:
+        parts = []
+        for name, p in self._parameters.items():
+            value = states[name].get(key)
+            parts.append((torch.zeros_like(p) if value is None else value).detach().reshape(-1).cpu())
+        return torch.cat(parts)
+
+    def _held(self, slot: Slot) -> Mapping[str, Any]:
+        return {} if slot.buffer else self._optimizer.state.get(self._parameters[slot.name], {})
+
+    def _updates(self, slot: Slot) -> int:
+        """How often the optimizer has moved a tensor, as far as it knows."""
+        held = self._held(slot)
+        return int(held["step"]) if "step" in held else int(held.get("momentum_buffer") is not None)
+
+    def _warnings(self) -> list[str]:
+        found = []
+        if self.kind == OBSERVED:
+            found.append(
+                f"The rule of the optimizer {self.name} is not known: its steps are credited as far as they follow the "
+                "recorded gradients, what is left is the row `unexplained`, and states between the stored ones are "
+                "interpolated."
+            )
+        if self.updates.any():
+            found.append(
+                f"The path begins in mid-training: what {self.name} held by then belongs to no recorded example and is "
+                "counted as unexplained."
+            )
+        return found
+
+    @torch.no_grad()
+    def _trace(self, factors: Mapping[str, float]) -> None:
+        """b = beta b + g for every tensor, with the beta that the settings name, and the weights before the step."""
+        groups = self.settings()
+        for slot, owner in zip(self._slots, self.owner(), strict=True):
+            if owner < 0 or slot.name not in factors:
+                continue
+            parameter, s = self._parameters[slot.name], groups[owner]
+            beta = float(s.get("momentum", (s.get("betas") or [0.0])[0]) or 0.0)
+            assert parameter.grad is not None
+            kept = self._traces.get(slot.name)
+            self._traces[slot.name] = parameter.grad.clone() if kept is None else kept * beta + parameter.grad
+            self._before[slot.name] = parameter.detach().clone()
+
+    @torch.no_grad()
+    def _projections(self) -> Tensor:
+        """-<D, b> / <b, b> of each tensor."""
+        found = torch.zeros(len(self._slots), dtype=torch.float64)
+        for k, slot in enumerate(self._slots):
+            if self._active[k]:
+                moved = (self._parameters[slot.name] - self._before[slot.name]).double().reshape(-1)
+                trace = self._traces[slot.name].double().reshape(-1)
+                found[k] = -(moved @ trace) / (trace @ trace).clamp_min(1e-300)
+        return found
+
+
+def _is_plain(value: Any) -> bool:
+    sequence = isinstance(value, (tuple, list)) and all(isinstance(v, (int, float)) for v in value)
+    return isinstance(value, PLAIN) or sequence or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [float(v) for v in value]
+    return float(value) if isinstance(value, Tensor) else value
