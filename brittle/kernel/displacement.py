@@ -20,9 +20,10 @@ from torch import Tensor
 from brittle.kernel.steps import check_step, step_pieces
 from brittle.path.flat import FlatModel
 from brittle.path.observed import Batch
-from brittle.path.replay import WalkedStep, share_of, walk
+from brittle.path.replay import walk
 from brittle.path.rules import advance
 from brittle.path.store import PathReader
+from brittle.path.walked import WalkedStep
 from brittle.records import Groups, Progress
 from brittle.subject import Subject
 
@@ -99,4 +100,4 @@ def _by_group(subject: Subject, flat: FlatModel, step: WalkedStep, batch: Batch,
     for columns, rows in step_pieces(subject, flat, step, batch):
         out[:, columns] = members @ rows
         squares += step.taken(columns, rows.sum(0)).double().square().sum().item()
-    return out.mul_(share_of(step.seen, batch, squares**0.5))
+    return out.mul_(step.share(batch, squares**0.5))

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from brittle.kernel.gradients import check_sum, row_pieces, without_rounding
 from brittle.path.flat import FlatModel
 from brittle.path.observed import Batch
-from brittle.path.replay import WalkedStep
 from brittle.path.rerun import batch_gradient, training_loss
+from brittle.path.walked import WalkedStep
 from brittle.subject import Subject
 
 AGREEMENT = {0: 1e-3, 1: 5e-2, 2: 5e-2}

@@ -32,9 +32,10 @@ from brittle.kernel.quadrature import Line, check_outputs, line_gradient, output
 from brittle.kernel.steps import check_step, step_pieces
 from brittle.path.flat import FlatModel
 from brittle.path.observed import Batch
-from brittle.path.replay import Interval, WalkedStep, share_of, walk
+from brittle.path.replay import walk
 from brittle.path.rules import absent, pull_back, scaled
 from brittle.path.store import PathReader
+from brittle.path.walked import Interval, WalkedStep
 from brittle.records import Ledger, Pairs, Progress
 from brittle.subject import Subject
 
@@ -198,7 +199,7 @@ class _Account:
         for columns, rows in step_pieces(self.subject, self.flat, step, batch):
             pulled += (credit[:, columns] @ rows.T).double()
             squares += step.taken(columns, rows.sum(0)).double().square().sum().item()
-        return -share_of(step.seen, batch, squares**0.5) * pulled
+        return -step.share(batch, squares**0.5) * pulled
 
     def close(self) -> Swept:
         start, output = self.start.double(), self.output.double()

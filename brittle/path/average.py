@@ -10,7 +10,7 @@ This covers exponential averages (EMA) of any, also changing, decay, and equal o
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from brittle.errors import UnsupportedError
 from brittle.path.flat import parameters_of

@@ -44,8 +44,8 @@ def checked_call(
         values, counts = rows.unique(return_counts=True)
         raise DataError(
             f"ids may not repeat within a batch, found {int(values[counts.argmax()])} {int(counts.max())} times in "
-            f"{len(rows)}; pass positions in the training data, not labels, or Recorder(repeats=True) where the sampler "
-            "draws with replacement"
+            f"{len(rows)}; pass positions in the training data, not labels, or Recorder(repeats=True) where the "
+            "sampler draws with replacement"
         )
     kept = {name: torch.as_tensor(v).detach().cpu().clone() for name, v in given.items() if v is not None}
     for name, value in kept.items():
@@ -90,8 +90,8 @@ def _batch(call: Call, one: BackwardPass, trained: Collection[str]) -> Batch:
     forward = one.forward or ForwardPass()
     if forward.rows is not None and forward.rows != len(call.ids):
         raise DataError(
-            f"batch() needs one id a row, found {len(call.ids)} ids for a forward pass of {forward.rows} inputs; pass the "
-            "ids of this very batch"
+            f"batch() needs one id a row, found {len(call.ids)} ids for a forward pass of {forward.rows} inputs; pass "
+            "the ids of this very batch"
         )
     return Batch(
         call.ids,

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brittle.errors import DataError, NotFiniteError, PathMismatchError, UnsupportedError
+from brittle.errors import DataError, NotFiniteError, PathMismatchError
 from brittle.path import store
 from brittle.path.average import AverageWatch
 from brittle.path.flat import layout, parameters_of, state_of, statistics_of
@@ -36,6 +36,7 @@ from brittle.path.forwards import ForwardWatch, resting
 from brittle.path.observed import Manner, Snapshot, Step
 from brittle.path.passes import Call, checked_call, matched
 from brittle.path.spending import Spending
+from brittle.path.taking_up import cut
 from brittle.path.training import bare, check_training, counts_batches
 from brittle.path.watch import GradientWatch
 
@@ -186,7 +187,7 @@ class Recorder:
             store.clear(self.root)
             store.write_header(self.root, self._slots, spending.kind, spending.name, spending.warnings)
             return
-        there, self._marks, self._written = store.cut(self.root, at, self._slots, spending.kind)
+        there, self._marks, self._written = cut(self.root, at, self._slots, spending.kind)
         self.steps = at
         widest = max((b - a for a, b in pairwise(self._marks)), default=1)
         self.every = 1 << (widest.bit_length() - 1)

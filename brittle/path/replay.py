@@ -4,17 +4,13 @@ A replayed step recomputes the gradients of its batches at w_j in training mode,
 (`resume`), and so reaches w_{j+1}. At the next stored state the replay is compared with what training really
 reached: `drift` is the distance between them, beyond rounding, over the length of the interval; the larger one of
 weights and running statistics. Other data, another loss, or randomness that was not recorded shows there.
-
-The gradient that training took from a batch is a_k times the gradient of the subject's loss: 1 over the number of
-batches where gradients were accumulated, a power of two under a gradient scaler, the batch's size for a summed loss.
-a_k is the recorded norm over the recomputed one, put to such a value where it lies beside one (`share_of`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -23,12 +19,14 @@ from torch.nn.functional import pad
 
 from brittle.errors import PathMismatchError
 from brittle.path.flat import FlatModel
-from brittle.path.observed import Batch, Snapshot, Step
-from brittle.path.optimizers import MOMENTS, OBSERVED, Moments, Recipe, step_rule
+from brittle.path.observed import Snapshot, Step
+from brittle.path.optimizers import MOMENTS, OBSERVED, Moments, step_rule
+from brittle.path.recipe import Recipe
 from brittle.path.rerun import batch_gradient
 from brittle.path.resume import Resumed
-from brittle.path.rules import StepRule, scaled
+from brittle.path.rules import scaled
 from brittle.path.store import PathReader
+from brittle.path.walked import Interval, WalkedStep, share_of
 from brittle.subject import Subject
 
 DRIFT_LIMIT = 0.01
@@ -36,44 +34,6 @@ DRIFT_LIMIT = 0.01
 
 NOISE = 1e-4
 """Share of the largest gradient below which Adam's steps may follow rounding errors."""
-
-NEAR = {0: 1e-3, 1: 0.03, 2: 0.03}
-"""How far, relatively, a batch's share may lie beside the value it is put to, by the precision of its forward pass."""
-
-
-@dataclass(frozen=True)
-class WalkedStep:
-    """One step of the path: the state before it, what was observed, and how its gradients were spent.
-
-    moves: the coordinates whose gradients the optimizer took, (P,) bool, None for all parameters.
-    """
-
-    index: int
-    state: Tensor  # shape: (P,)
-    seen: Step
-    rule: StepRule
-    moves: Tensor | None = None
-
-    @property
-    def batches(self) -> tuple[Batch, ...]:
-        return self.seen.batches
-
-    def taken(self, columns: slice, gradient: Tensor) -> Tensor:
-        """The part of some columns of a gradient that the optimizer took."""
-        return gradient if self.moves is None else gradient * self.moves[columns]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """The steps between two stored states, `end` being the state after the last."""
-
-    steps: list[WalkedStep]
-    end: Tensor  # shape: (P,)
-    drift: float
-
-    def states(self) -> list[Tensor]:
-        """The states before every step, and the end."""
-        return [*(s.state for s in self.steps), self.end]
 
 
 def intervals(path: PathReader, reverse: bool = False) -> list[tuple[int, int]]:
@@ -136,21 +96,6 @@ def step_gradient(subject: Subject, flat: FlatModel, seen: Step, moves: Tensor |
         size = (own if moves is None else own * moves).double().norm().item()
         total.add_(own, alpha=share_of(seen, batch, size))
     return total
-
-
-def share_of(seen: Step, batch: Batch, norm: float) -> float:
-    """a_k: the factor between a batch's recomputed gradient, of Euclidean norm `norm`, and the recorded one.
-
-    Put to 2^n times 1, 1 / (number of batches), the batch's share of the rows or its size, where it lies beside one.
-    """
-    if norm == 0 or batch.norm == 0:
-        return 1.0
-    ratio = batch.norm / norm
-    for plain in (1.0, 1 / len(seen.batches), len(batch) / seen.examples, float(len(batch))):
-        value = plain * 2.0 ** round(math.log2(ratio / plain))
-        if abs(ratio / value - 1) <= NEAR[batch.autocast]:
-            return value
-    return ratio
 
 
 def clipped(recipe: Recipe, seen: Step, total: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from brittle.path.flat import Slot
 from brittle.path.observed import Snapshot, Step
 from brittle.path.optimizers import Recipe
 from brittle.path.packing import packed_states, packed_steps, unpacked_states, unpacked_steps
-from brittle.shards import read_arrays, read_bytes, read_notes, whole, write_arrays, write_bytes
+from brittle.shards import read_arrays, read_bytes, read_notes, write_arrays, write_bytes
 
 FORMAT = 2
 
@@ -59,15 +59,15 @@ def write_states(root: Path, snapshots: Sequence[Snapshot]) -> None:
 def thin_states(root: Path, every: int) -> int:
     """Keep the first state and those before steps that are multiples of `every`; returns the bytes that are left."""
     left = 0
-    for file in _files(root, "states"):
+    for file in files_of(root, "states"):
         found = unpacked_states(read_arrays(file))
         keep = [s for s in found if s.step % every == 0]
         if not keep:
-            _delete(file)
+            delete(file)
         elif len(keep) < len(found):
             if keep[0].step != found[0].step:
                 write_states(root, keep)
-                _delete(file)
+                delete(file)
             else:
                 write_arrays(file, packed_states(keep))
         left += sum(s.nbytes for s in keep)
@@ -96,57 +96,6 @@ def clear(root: Path) -> None:
             file.unlink()
 
 
-def cut(root: Path, at: int, slots: Sequence[Slot], optimizer: str) -> tuple[Snapshot | None, list[int], int]:
-    """Take up an unfinished path again after its first `at` steps: what lies behind them is deleted.
-
-    Returns the state at `at` if it is stored, the steps before `at` that have one, and the bytes these states take.
-    Raises `PathMismatchError` where the path is another model's or does not reach so far.
-    """
-    header = _header(root)
-    if (_plain(slots), optimizer) != ([(n, tuple(s), b) for n, s, b in header["slots"]], header["optimizer"]):
-        raise PathMismatchError(
-            f"resume={at} must go on with the model and the optimizer of the path in {root}, found others; name another "
-            "folder, or load what this path was begun with"
-        )
-    reached = _cut_steps(root, at)
-    if reached < at:
-        raise PathMismatchError(
-            f"resume={at} must lie on the recorded path, {root} holds {reached} whole steps; resume from a checkpoint "
-            "that was saved before that (recorder.flush() returns the steps that are safe), or train anew"
-        )
-    return _cut_states(root, at)
-
-
-def _cut_steps(root: Path, at: int) -> int:
-    """Keep the whole blocks up to step `at`; returns the number of steps that are left."""
-    reached = 0
-    for file in _files(root, "steps"):
-        if not whole(file) or int(file.stem) != reached or reached >= at:
-            _delete(file)
-            continue
-        steps = unpacked_steps(read_arrays(file), read_notes(file))[: at - reached]
-        write_steps(root, reached, steps)
-        reached += len(steps)
-    return reached
-
-
-def _cut_states(root: Path, at: int) -> tuple[Snapshot | None, list[int], int]:
-    there: Snapshot | None = None
-    marks: list[int] = []
-    size = 0
-    for file in _files(root, "states"):
-        found = unpacked_states(read_arrays(file)) if whole(file) else []
-        there = next((s for s in found if s.step == at), there)
-        keep = [s for s in found if s.step < at]
-        marks += [s.step for s in keep]
-        size += sum(s.nbytes for s in keep)
-        if not keep:
-            _delete(file)
-        elif len(keep) < len(found):
-            write_states(root, keep)
-    return there, marks, size
-
-
 class PathReader:
     """A finished path: `steps` of them, `marks` the steps before which a state is stored (the last is `steps`),
     `largest_id`, the largest position of a training example in any batch, and `visits`, examples over all batches.
@@ -157,7 +106,7 @@ class PathReader:
 
     def __init__(self, root: Path | str) -> None:
         root = Path(root)
-        header = _header(root)
+        header = read_header(root)
         if not finished(root):
             raise PathMismatchError(
                 f"the path in {root} must be finished, it has no end.json; let the training run to recorder.close()"
@@ -216,7 +165,7 @@ class PathReader:
     def _read_steps(self) -> list[int]:
         """Look once at every block of steps: they must follow each other without a gap."""
         firsts, reached = [], 0
-        for file in _files(self.root, "steps"):
+        for file in files_of(self.root, "steps"):
             first, steps = int(file.stem), self._block(int(file.stem))
             if first != reached:
                 raise DamagedFileError(
@@ -238,7 +187,7 @@ class PathReader:
 
     def _read_marks(self, expected: Sequence[int]) -> list[int]:
         self._state_files, marks = [], []
-        for file in _files(self.root, "states"):
+        for file in files_of(self.root, "states"):
             found = self._states(int(file.stem))
             self._state_files.append(int(file.stem))
             marks += [s.step for s in found]
@@ -259,7 +208,7 @@ class PathReader:
         return unpacked_states(read_arrays(self.root / "states" / f"{first:08d}.safetensors"))
 
 
-def _header(root: Path) -> dict[str, Any]:
+def read_header(root: Path) -> dict[str, Any]:
     if not (root / "path.json").exists():
         raise PathMismatchError(
             f"path= must name a folder that a Recorder wrote, {root} has no path.json; correct it or leave it out"
@@ -272,16 +221,12 @@ def _header(root: Path) -> dict[str, Any]:
     return header
 
 
-def _plain(slots: Sequence[Slot]) -> list[tuple[str, tuple[int, ...], bool]]:
-    return [(s.name, tuple(s.shape), s.buffer) for s in slots]
-
-
-def _files(root: Path, folder: str) -> list[Path]:
+def files_of(root: Path, folder: str) -> list[Path]:
     """The files of a folder, in the order of their steps."""
     return sorted((root / folder).glob("*.safetensors"))
 
 
-def _delete(file: Path) -> None:
+def delete(file: Path) -> None:
     """A file and its checksum, which goes last: a file without its checksum does not count."""
     file.with_name(file.name + ".sha256").unlink(missing_ok=True)
     file.unlink()

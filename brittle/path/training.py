@@ -26,8 +26,8 @@ def bare(model: nn.Module) -> nn.Module:
         world = torch.distributed.get_world_size()
         if world > 1:
             raise UnsupportedError(
-                f"rank 0 must see the ids of all batches, found {world} processes that each see their own; train in one "
-                f"process, {REMEDY}"
+                f"rank 0 must see the ids of all batches, found {world} processes that each see their own; train in "
+                f"one process, {REMEDY}"
             )
     while type(model).__name__ in WRAPPERS:
         model = getattr(model, WRAPPERS[type(model).__name__])
