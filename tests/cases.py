@@ -1,26 +1,31 @@
-"""Tiny seeded problems in float64: models, optimizers, and one training each, recorded and also seen plainly."""
+"""Tiny seeded problems in float64: a table of models, and `train`, which crosses any of them with any `recipes`.
+
+A training is recorded, and also seen plainly (`loops`, `reference`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import Seen, SeenStep, State, logits_in
+from loops import BATCH as BATCH
+from loops import Loop, Recipe
+from recipes import LOOPS, RECIPES, VARIANTS
+from recipes import STEPS as STEPS
+from reference import Seen
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from brittle.path.recorder import Recorder
 from brittle.path.store import PathReader
 from brittle.records import Groups, Pairs
 from brittle.subject import Subject
 
-COUNT, BATCH, STEPS, QUERIES = 10, 4, 12, 3
+COUNT, QUERIES = 10, 3
 
 
 @pytest.fixture(autouse=True)
@@ -62,11 +67,11 @@ class Tokens(nn.Module):
 class Attention(nn.Module):
     """A class token of its own beside children, and attention; returns a tuple."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.token = nn.Parameter(torch.randn(1, 1, 4) / 2)
         self.embed, self.norm = nn.Linear(2, 4), nn.LayerNorm(4)
-        self.mix, self.last = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
+        self.mix, self.last = nn.MultiheadAttention(4, 2, dropout, batch_first=True), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> tuple[Tensor, int]:
         h = self.norm(torch.cat([self.token.expand(len(x), 1, 4), self.embed(x)], dim=1))
@@ -84,6 +89,21 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * self.last(F.tanh(self.shared(F.tanh(self.shared(x)))))
+
+
+class DroppedLayer(nn.Module):
+    """A layer that half of the training steps leave out, and one that has no part in the output at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.spare = (nn.Linear(4, 4) for _ in range(3))
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.tanh(self.first(x))
+        if not self.training or torch.rand(()) < 0.5:
+            h = h + F.tanh(self.inner(h))
+        return self.last(h)
 
 
 @dataclass(frozen=True)
@@ -109,9 +129,9 @@ class Case:
             return self.build()
 
 
-def _cnn(norm: Callable[[int], nn.Module] | None = None) -> Callable[[], nn.Module]:
+def _cnn(norm: Callable[[int], nn.Module] | None = None, *more: nn.Module) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        layers = [nn.Conv2d(1, 4, 3, stride=2, padding=1), *([norm(4)] if norm else []), nn.GELU()]
+        layers = [nn.Conv2d(1, 4, 3, stride=2, padding=1), *([norm(4)] if norm else []), nn.GELU(), *more]
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(36, 3))
 
     return build
@@ -137,67 +157,16 @@ CASES = {
 }
 SMOOTH = [name for name in CASES if name != "relu"]
 
-
-# ---------------------------------------------------------------------------------------------------------- optimizers
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a case is trained."""
-
-    optimizer: Callable[[nn.Module], Optimizer]
-    schedule: Callable[[Optimizer], LRScheduler] | None = None
-    clip: float | None = None
-
-
-def _groups(model: nn.Module) -> list[dict[str, Any]]:
-    parameters = list(model.parameters())
-    return [
-        {"params": parameters[:1], "lr": 0.2, "weight_decay": 0.1},
-        {"params": parameters[1:-1], "lr": 0.05, "weight_decay": 0.0},
-        {"params": parameters[-1:]},
-    ]
-
-
-def _mixed(model: nn.Module) -> list[dict[str, Any]]:
-    parameters = list(model.parameters())
-    return [
-        {"params": parameters[:2], "momentum": 0.9, "nesterov": True},
-        {"params": parameters[2:], "momentum": 0.5, "dampening": 0.3},
-    ]
-
-
-def _frozen(model: nn.Module) -> Optimizer:
-    """The first parameter asks for no gradient, the last is trained by nobody."""
-    parameters = list(model.parameters())
-    parameters[0].requires_grad_(False)
-    return SGD(parameters[:-1], lr=0.1, momentum=0.9, weight_decay=0.05)
-
-
-RECIPES = {
-    "sgd": Recipe(lambda m: SGD(m.parameters(), lr=0.2)),
-    "sgd l2": Recipe(lambda m: SGD(m.parameters(), lr=0.2, weight_decay=0.05)),
-    "momentum": Recipe(lambda m: SGD(m.parameters(), lr=0.1, momentum=0.9)),
-    "dampening": Recipe(lambda m: SGD(m.parameters(), lr=0.1, momentum=0.9, dampening=0.4)),
-    "nesterov": Recipe(lambda m: SGD(m.parameters(), lr=0.1, momentum=0.8, nesterov=True)),
-    "momentum l2": Recipe(lambda m: SGD(m.parameters(), lr=0.1, momentum=0.9, dampening=0.2, weight_decay=0.05)),
-    "nesterov l2": Recipe(lambda m: SGD(m.parameters(), lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.05)),
-    "adam": Recipe(lambda m: Adam(m.parameters(), lr=0.05)),
-    "adam l2": Recipe(lambda m: Adam(m.parameters(), lr=0.05, betas=(0.8, 0.95), weight_decay=0.05)),
-    "adam decoupled": Recipe(
-        lambda m: Adam(m.parameters(), lr=0.05, weight_decay=0.1, decoupled_weight_decay=True, eps=1e-3)
-    ),
-    "adamw": Recipe(lambda m: AdamW(m.parameters(), lr=0.05, weight_decay=0.1)),
-    "cosine": Recipe(lambda m: SGD(m.parameters(), lr=0.2, momentum=0.9), lambda o: CosineAnnealingLR(o, STEPS)),
-    "one cycle": Recipe(lambda m: SGD(m.parameters(), lr=0.1, momentum=0.9), lambda o: OneCycleLR(o, 0.3, STEPS + 1)),
-    "one cycle adam": Recipe(lambda m: AdamW(m.parameters(), lr=0.1), lambda o: OneCycleLR(o, 0.1, STEPS + 1)),
-    "groups": Recipe(lambda m: SGD(_groups(m), lr=0.1, momentum=0.9)),
-    "groups adamw": Recipe(lambda m: AdamW(_groups(m), lr=0.02)),
-    "mixed groups": Recipe(lambda m: SGD(_mixed(m), lr=0.1)),
-    "clipped": Recipe(lambda m: SGD(m.parameters(), lr=0.3, momentum=0.9, weight_decay=0.05), clip=0.2),
-    "clipped adam": Recipe(lambda m: Adam(m.parameters(), lr=0.05, eps=1e-3), clip=0.2),
-    "frozen": Recipe(_frozen),
+RANDOM = {
+    case.name: case
+    for case in (
+        Case("dropout", lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3))),
+        Case("cnn dropout", _cnn(nn.BatchNorm2d, nn.Dropout2d(0.3)), shape=(1, 5, 5)),
+        Case("attention dropout", lambda: Attention(0.3), shape=(3, 2)),
+        Case("dropped layer", DroppedLayer),
+    )
 }
+"""Models whose training draws random numbers."""
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -230,49 +199,75 @@ def train(
     budget: int = 1 << 30,
     place: Tensor | None = None,
     replacement: bool = False,
+    count: int = COUNT,
 ) -> Training:
     """Train a case by a recipe, recorded into `root`.
 
     budget: of the recorder. place: where each example lies in the data, by default in order; the training itself
-    does not depend on it. replacement: draw batches in which an example may be twice.
+    does not depend on it. replacement: draw batches in which an example may be twice. count: of the examples.
     """
-    case = CASES[case] if isinstance(case, str) else case
-    recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
-    model = case.model()
-    place = torch.arange(COUNT) if place is None else place
-    inputs, targets = (part[place.argsort()] for part in case.data(COUNT, seed=0))
-    optimizer = recipe.optimizer(model)
-    schedule = recipe.schedule(optimizer) if recipe.schedule else None
+    case = made(case)
+    recipe = by_name(recipe) if isinstance(recipe, str) else recipe
+    recipe = replace(recipe, replacement=True) if replacement else recipe
+    loop = begin(case, recipe, place, count)
+    recorder = Recorder(loop.model, loop.optimizer, root, budget, **_asked(loop))
+    loop.tell = recorder.batch
+    if recipe.resume is not None:
+        loop.run(recipe.resume)
+        saved, safe = loop.checkpoint(), recorder.flush()
+        loop.run(recipe.resume + 2)  # lost: the process is killed
+        loop = begin(case, recipe, place, count)
+        loop.restore(saved)
+        recorder = Recorder(loop.model, loop.optimizer, root, budget, resume=safe, **_asked(loop))
+        loop.tell = recorder.batch
+    loop.run(steps)
+    loop.finish()
+    recorder.close()
+    more = {"loss": recipe.loss} if recipe.loss else {}
+    more |= {"augment": recipe.augment} if recipe.augment else {}
+    data, test = (loop.inputs, loop.targets), case.data(COUNT, seed=100)
+    return Training(Subject(loop.audited, data, test, path=root, **more), loop.seen(), root)
+
+
+def seen(case: Case | str, recipe: Recipe | str, steps: int = STEPS) -> Seen:
+    """The same training without a recorder."""
+    loop = begin(made(case), by_name(recipe) if isinstance(recipe, str) else recipe)
+    loop.run(steps)
+    loop.finish()
+    return loop.seen()
+
+
+def begin(case: Case, recipe: Recipe, place: Tensor | None = None, count: int = COUNT) -> Loop:
+    """A training that has not begun."""
+    torch.manual_seed(0)
+    place = torch.arange(count) if place is None else place
+    inputs, targets = (part[place.argsort()] for part in case.data(count, seed=0))
     loss = binary_loss if case.classes == 2 else F.cross_entropy
-    order = torch.Generator().manual_seed(0)
-    seen: list[SeenStep] = []
-    with Recorder(model, optimizer, root, budget) as recorder:
-        for _ in range(steps):
-            drawn = torch.randperm(COUNT, generator=order)[:BATCH]
-            ids = place[drawn // 3 if replacement else drawn]
-            before, settings = state_of(model), _settings(model, optimizer)
-            optimizer.zero_grad()
-            loss(logits_in(model(inputs[ids])), targets[ids]).backward()
-            clip = _clip(model, recipe.clip)
-            recorder.batch(ids)
-            optimizer.step()
-            if schedule:
-                schedule.step()
-            second = {n: optimizer.state[p]["exp_avg_sq"].clone() for n, p in _held(model, optimizer)}
-            seen.append(SeenStep(before, ids, clip, settings, second))
-    model.eval()
-    subject = Subject(model, (inputs, targets), case.data(COUNT, seed=100), path=root)
-    return Training(subject, Seen(model, type(optimizer).__name__, seen, state_of(model), inputs, targets, loss), root)
+    model = case.model()
+    if recipe.tuned:
+        earlier = Loop(case.model(), RECIPES["sgd"], (inputs, targets), place, loss)
+        earlier.run(3)
+        model.load_state_dict(earlier.model.state_dict())
+    return Loop(model, recipe, (inputs, targets), place, loss)
+
+
+def made(case: Case | str) -> Case:
+    return (CASES | RANDOM)[case] if isinstance(case, str) else case
+
+
+def by_name(recipe: str) -> Recipe:
+    return (RECIPES | VARIANTS | LOOPS)[recipe]
+
+
+def _asked(loop: Loop) -> dict[str, Any]:
+    """What the recorder has to be told at its beginning."""
+    asked: dict[str, Any] = {"repeats": True} if loop.recipe.replacement else {}
+    return asked | ({"average": loop.average} if loop.average else {})
 
 
 def binary_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Binary cross entropy of a single logit."""
     return F.binary_cross_entropy_with_logits(logits.reshape(-1), targets.to(logits.dtype))
-
-
-def state_of(model: nn.Module) -> State:
-    """Copies of a model's parameters and running statistics."""
-    return {k: v.detach().clone() for k, v in model.state_dict().items() if v.is_floating_point()}
 
 
 def queries(subject: Subject, count: int = QUERIES, seed: int = 50) -> tuple[Tensor, Pairs]:
@@ -290,19 +285,3 @@ def two_per_class(subject: Subject) -> Groups:
     classes = torch.arange(subject.classes).repeat_interleave(2)
     labels = 2 * subject.train.targets + torch.arange(len(subject.train)) % 2
     return Groups(labels, classes, tuple(f"{c}/{k}" for c in subject.class_names for k in (1, 2)))
-
-
-def _clip(model: nn.Module, limit: float | None) -> float:
-    if limit is None:
-        return 1.0
-    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return min(1.0, limit / (norm.item() + 1e-6))
-
-
-def _settings(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-    held = {id(p): {k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups for p in g["params"]}
-    return {n: dict(held[id(p)]) for n, p in model.named_parameters() if id(p) in held and p.requires_grad}
-
-
-def _held(model: nn.Module, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
-    return [(n, p) for n, p in model.named_parameters() if "exp_avg_sq" in optimizer.state.get(p, {})]

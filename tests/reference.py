@@ -5,35 +5,64 @@ Each example keeps its own optimizer buffer and is walked forward through the tr
     displacement of example i in step s  =  what its gradients so far, spent by the optimizer, did to the weights,
     contribution of example i            =  sum_s  integral J(x; w_s + t D_s) . displacement_i,s dt,
 
-with every gradient by plain autograd, one example at a time. Written from the documentation of torch.optim and
-from the identity f(x; w_S) - f(x; w_0) = sum_s integral J D_s, not from `brittle`.
+with every gradient by plain autograd, one row of a batch at a time. Written from the documentation of torch.optim and
+from the identity f(x; w_S) - f(x; w_0) = sum_s integral J D_s, not from `brittle`. Where the audited weights are an
+average sum_j a_j w_j of those that training went through, the straight line from w_S to them is one segment more:
+
+    sum_j a_j w_j - w_S  =  - sum_s A_s D_s,    A_s = sum_{j <= s} a_j.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 State = dict[str, Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class SeenPass:
+    """What a training loop sees of one forward and backward pass."""
+
+    ids: Tensor  # (B,), or (B, K) where K examples are mixed in a row
+    inputs: Tensor  # as the model was given them
+    targets: Tensor
+    random: Tensor | None = None  # torch's random state before the forward pass
+    training: frozenset[str] | None = None  # the modules that were in training mode, by default all
+    part: float = 1.0  # by what the loss was multiplied, as 1/K for the mean of K passes
+    shares: Tensor | None = None  # (B, K): of the examples in a row
+    weights: Tensor | None = None  # (B,): third argument of the loss
 
 
 @dataclass(frozen=True)
 class SeenStep:
-    """What a training loop sees of one step."""
+    """What a training loop sees of one step of the optimizer."""
 
     before: State  # parameters and running statistics
-    ids: Tensor
-    clip: float  # by how much gradients were shrunk before the optimizer saw them
-    settings: Mapping[str, Mapping[str, Any]]  # of each parameter that the optimizer moves: lr, momentum, ...
-    second: State  # Adam's exp_avg_sq after the step
+    passes: list[SeenPass]
+    factor: State  # by what each coordinate of the gradient was shrunk before the optimizer saw it
+    settings: Mapping[str, Mapping[str, Any]]  # of each parameter that has a gradient: lr, momentum, ...
+    observed: Mapping[str, State]  # what the optimizer holds of each parameter after the step
+
+    @property
+    def ids(self) -> Tensor:
+        """The examples in the order of the rows, mixed ones beside each other."""
+        return torch.cat([p.ids.reshape(-1) for p in self.passes])
+
+    @property
+    def clip(self) -> float:
+        """The smallest factor."""
+        return min(f.min().item() for f in self.factor.values())
 
 
 @dataclass(frozen=True)
@@ -43,13 +72,23 @@ class Seen:
     model: nn.Module
     optimizer: str
     steps: list[SeenStep]
-    final: State
+    final: State  # the audited weights
     inputs: Tensor
     targets: Tensor
     loss: Loss
+    last: State | None = None  # the weights after the last step, where the audited ones are an average
+    average: Tensor | None = None  # (S + 1,): share of each step's weights in the average
 
-    def state(self, step: int) -> State:
-        return self.steps[step].before if step < len(self.steps) else self.final
+    @property
+    def segments(self) -> int:
+        """The straight lines that the path consists of."""
+        return len(self.steps) + (self.average is not None)
+
+    def state(self, at: int) -> State:
+        """The state at the beginning of a segment; after the last one, the audited state."""
+        if at < len(self.steps):
+            return self.steps[at].before
+        return self.final if self.last is None or at > len(self.steps) else self.last
 
 
 @dataclass(frozen=True)
@@ -72,7 +111,7 @@ def logits(model: nn.Module, state: State, x: Tensor, training: bool = False) ->
     if not isinstance(model, nn.Sequential):
         return logits_in(functional_call(model, state, (x,)))
     for name, layer in model.named_children():
-        own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+        own = _within(name, state)
         x = _normalized(layer, own, x, training) if isinstance(layer, _BatchNorm) else functional_call(layer, own, (x,))
     return x
 
@@ -80,6 +119,11 @@ def logits(model: nn.Module, state: State, x: Tensor, training: bool = False) ->
 def logits_in(output: Any) -> Tensor:
     """The logits in a tensor, in a dict that names them, or in front of a tuple."""
     return output["logits"] if isinstance(output, dict) else output[0] if isinstance(output, tuple) else output
+
+
+def _within(name: str, state: State) -> State:
+    """The tensors of one layer, under the layer's own names."""
+    return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
 
 
 def _normalized(layer: _BatchNorm, own: State, x: Tensor, training: bool) -> Tensor:
@@ -92,38 +136,57 @@ def _normalized(layer: _BatchNorm, own: State, x: Tensor, training: bool) -> Ten
 
 
 def example_gradients(seen: Seen, step: SeenStep) -> list[State]:
-    """The gradient of each example of a step's batch, its weight of 1/B in the mean loss included."""
+    """The gradient of each example of a step's batch on its own, its weight of 1/B in the mean loss included.
+
+    For a plain mean over a single batch, whose rows do not see each other.
+    """
+    [batch] = step.passes
     return [
         gradient(
-            lambda w, i=i: (
-                seen.loss(logits(seen.model, step.before | w, seen.inputs[i : i + 1]), seen.targets[i : i + 1])
-                / len(step.ids)
+            lambda w, k=k: (
+                seen.loss(logits(seen.model, step.before | w, batch.inputs[[k]]), batch.targets[[k]]) / len(batch.ids)
             ),
             trained_part(seen, step.before),
         )
-        for i in step.ids.tolist()
+        for k in range(len(batch.ids))
     ]
 
 
 def row_gradients(seen: Seen, step: SeenStep) -> list[State]:
-    """The row split: every row of the batch has its own copy of the weights, and the batch's statistics are shared.
+    """The row split: the part of a step's gradient that passes through the activations of each row, pass by pass."""
+    rows = []
+    for batch in step.passes:
+        coupled = any(isinstance(m, _BatchNorm) and _trains(n, batch) for n, m in seen.model.named_modules())
+        rows += (_rows_in_company if coupled else _rows_apart)(seen, step.before, batch)
+    return rows
+
+
+def _rows_apart(seen: Seen, before: State, batch: SeenPass) -> list[State]:
+    """The chain rule, where rows do not see each other: the loss pulls at each row's logits, they at the weights."""
+    weights = {k: v.clone().requires_grad_(True) for k, v in trained_part(seen, before).items()}
+    with _as_in(batch, seen.model):
+        out = logits_in(functional_call(seen.model, before | weights, (batch.inputs,)))
+    heads = out.detach().requires_grad_(True)
+    [pull] = torch.autograd.grad(_loss(seen, batch, heads), heads)
+    rows = []
+    for k in range(len(batch.ids)):
+        found = torch.autograd.grad(out[k], list(weights.values()), pull[k], retain_graph=True, allow_unused=True)
+        rows.append(
+            {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(weights.items(), found, strict=True)}
+        )
+    return rows
+
+
+def _rows_in_company(seen: Seen, before: State, batch: SeenPass) -> list[State]:
+    """Where rows see each other: each has its own copy of the weights, and the batch's statistics are shared.
 
     The gradient of the batch's loss with respect to row i's copy is the part that passes through row i's own
     activations. Only for `nn.Sequential`.
     """
-    rows = step.ids.tolist()
-    copies = [{k: v.clone().requires_grad_(True) for k, v in trained_part(seen, step.before).items()} for _ in rows]
-    x = seen.inputs[step.ids]
-    for name, layer in seen.model.named_children():
-        own = [{k.removeprefix(f"{name}."): v for k, v in c.items() if k.startswith(f"{name}.")} for c in copies]
-        if isinstance(layer, _BatchNorm):
-            over, wide = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
-            mean, variance = x.mean(over, keepdim=True), x.var(over, unbiased=False, keepdim=True)
-            x = (x - mean) / (variance + layer.eps).sqrt()
-            x = torch.cat([x[[i]] * w["weight"].reshape(wide) + w["bias"].reshape(wide) for i, w in enumerate(own)])
-        else:
-            x = torch.cat([functional_call(layer, w, (x[[i]],)) for i, w in enumerate(own)])
-    loss = seen.loss(x, seen.targets[step.ids])
+    copies = [{k: v.clone().requires_grad_(True) for k, v in trained_part(seen, before).items()} for _ in batch.ids]
+    with _as_in(batch, seen.model):
+        out = _through_copies(seen.model, [before | own for own in copies], batch.inputs)
+    loss = _loss(seen, batch, out)
     found = [dict(zip(c, torch.autograd.grad(loss, list(c.values()), retain_graph=True), strict=True)) for c in copies]
     for name in found[0]:  # where the rows cancel, as for a bias before the normalization, nothing is shared out
         every = torch.stack([g[name] for g in found])
@@ -133,17 +196,59 @@ def row_gradients(seen: Seen, step: SeenStep) -> list[State]:
     return found
 
 
+def _through_copies(model: nn.Module, states: list[State], x: Tensor) -> Tensor:
+    """A batch's logits, each row going through its own copy of the weights."""
+    for name, layer in model.named_children():
+        own = [_within(name, state) for state in states]
+        if isinstance(layer, _BatchNorm) and layer.training:
+            over, wide = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
+            mean, variance = x.mean(over, keepdim=True), x.var(over, unbiased=False, keepdim=True)
+            x = (x - mean) / (variance + layer.eps).sqrt()
+            x = torch.cat([x[[i]] * w["weight"].reshape(wide) + w["bias"].reshape(wide) for i, w in enumerate(own)])
+        elif own[0]:
+            x = torch.cat([functional_call(layer, w, (x[[i]],)) for i, w in enumerate(own)])
+        else:  # dropout draws for all rows at once
+            x = layer(x)
+    return x
+
+
 def loss_term_gradients(seen: Seen, step: SeenStep) -> list[State]:
-    """The other split under batch normalization: the gradient of each example's own loss, other rows included."""
-    found = []
-    for k in range(len(step.ids)):
+    """The other split under batch normalization: the gradient of each example's own loss, other rows included.
+
+    For a plain mean over a single batch.
+    """
+    [batch], found = step.passes, []
+    for k in range(len(batch.ids)):
 
         def own(w: State, k: int = k) -> Tensor:
-            out = logits(seen.model, step.before | w, seen.inputs[step.ids], training=True)
-            return seen.loss(out[[k]], seen.targets[step.ids[[k]]]) / len(step.ids)
+            out = logits(seen.model, step.before | w, batch.inputs, training=True)
+            return seen.loss(out[[k]], batch.targets[[k]]) / len(batch.ids)
 
         found.append(gradient(own, trained_part(seen, step.before)))
     return found
+
+
+def _loss(seen: Seen, batch: SeenPass, out: Tensor) -> Tensor:
+    extra = () if batch.weights is None else (batch.weights,)
+    return batch.part * seen.loss(out, batch.targets, *extra)
+
+
+@contextmanager
+def _as_in(batch: SeenPass, model: nn.Module) -> Iterator[None]:
+    """Torch's random state and the modules' modes as they were in a pass."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    with torch.random.fork_rng(devices=[]):
+        if batch.random is not None:
+            torch.set_rng_state(batch.random)
+        for name, module in model.named_modules():
+            module.training = _trains(name, batch)
+        yield
+    for name, module in model.named_modules():
+        module.training = modes[name]
+
+
+def _trains(module: str, batch: SeenPass) -> bool:
+    return batch.training is None or module in batch.training
 
 
 def gradient(scalar: Callable[[State], Tensor], at: State) -> State:
@@ -159,7 +264,7 @@ def trained_part(seen: Seen, state: State) -> State:
 
 
 def flat(state: State, seen: Seen) -> Tensor:
-    """One vector: the parameters in their order, then the running statistics."""
+    """One vector: the parameters in their order, then the running statistics; zero where the state lacks a tensor."""
     floats = [name for name, b in seen.model.named_buffers() if b.is_floating_point()]
     names = [name for name, _ in seen.model.named_parameters()] + floats
     return torch.cat([(state[n] if n in state else torch.zeros_like(seen.final[n])).reshape(-1) for n in names])
@@ -168,55 +273,125 @@ def flat(state: State, seen: Seen) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- displacements
 
 
-def displacements(seen: Seen, gradients: Callable[[Seen, SeenStep], list[State]] = example_gradients) -> Tensor:
-    """What every example did to the weights in every step: (S, N + 1, P), decay in the last row.
+def displacements(seen: Seen, gradients: Callable[[Seen, SeenStep], list[State]] = row_gradients) -> Tensor:
+    """What every example did to the weights in every segment: (segments, N + 1, P), decay in the last row.
 
-    One optimizer buffer an example, also while it is in no batch, and one for L2 decay.
+    One optimizer buffer an example, also while it is in no batch, and one for L2 decay. A parameter that has no
+    gradient in a step rests: its count, its buffers and its decay stand still.
     """
     count = len(seen.inputs)
-    buffers: list[State] = [{} for _ in range(count + 1)]
+    buffers: list[dict[str, State]] = [{} for _ in range(count + 1)]
+    updates: dict[str, int] = {}
     out = []
-    for t, step in enumerate(seen.steps, start=1):
-        in_batch: list[list[State]] = [[] for _ in range(count)]
-        for i, g in zip(step.ids.tolist(), gradients(seen, step), strict=True):
-            in_batch[i].append(g)
-        moved: list[State] = []
-        for i in range(count + 1):
-            own: State = {}
-            for name, s in step.settings.items():
-                weight = step.before[name]
-                if i < count:
-                    spent = sum((step.clip * g[name] for g in in_batch[i]), torch.zeros_like(weight))
-                else:
-                    spent = 0 * weight if _decoupled(seen, s) else s["weight_decay"] * weight
-                own[name] = _spend(seen, s, t, buffers[i], name, spent, step)
-                if i == count and _decoupled(seen, s):
-                    own[name] = own[name] - s["lr"] * s["weight_decay"] * weight
-            moved.append(own)
-        out.append(torch.stack([flat(m | _still(seen), seen) for m in moved]))
+    for step in seen.steps:
+        given = by_example(step, gradients(seen, step), count)
+        updates |= {name: updates.get(name, 0) + 1 for name in step.settings}
+        moved: list[State] = [{} for _ in range(count + 1)]
+        for name, s in step.settings.items():
+            how = (seen.optimizer, s, updates[name], step.observed[name])
+            for i in range(count):
+                moved[i][name] = spend(*how, buffers[i].setdefault(name, {}), given[i][name])
+            l2, direct = decay(seen.optimizer, s, step.before[name])
+            moved[count][name] = spend(*how, buffers[count].setdefault(name, {}), l2) + direct
+        out.append(torch.stack([flat(m, seen) for m in moved]))
+    if seen.average is not None:
+        out.append(-sum(a * moved for a, moved in zip(seen.average.cumsum(0)[:-1], out, strict=True)))
     return torch.stack(out)
 
 
-def _decoupled(seen: Seen, settings: Mapping[str, Any]) -> bool:
-    return seen.optimizer == "AdamW" or bool(settings.get("decoupled_weight_decay"))
+def by_example(step: SeenStep, rows: list[State], count: int) -> list[State]:
+    """A step's gradient as the optimizer sees it, split over the examples: mixed rows by shares, then clipped."""
+    given = [{name: torch.zeros_like(step.before[name]) for name in step.settings} for _ in range(count)]
+    several = [p.ids.reshape(len(p.ids), -1) for p in step.passes]
+    shares = [
+        torch.ones(ids.shape) if p.shares is None else p.shares for p, ids in zip(step.passes, several, strict=True)
+    ]
+    for ids, parts, row in zip(torch.cat(several).tolist(), torch.cat(shares), rows, strict=True):
+        for i, share in zip(ids, parts, strict=True):
+            for name, s in step.settings.items():
+                given[i][name] += share * step.factor[name] * (-row[name] if s["maximize"] else row[name])
+    return given
 
 
-def _still(seen: Seen) -> State:
-    return {k: torch.zeros_like(v) for k, v in seen.final.items() if k not in dict(seen.model.named_parameters())}
+def decay(optimizer: str, s: Mapping[str, Any], weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight decay in the gradient's place (L2), and the displacement of decoupled decay; one of them is zero."""
+    nothing, decayed = torch.zeros_like(weight), s["weight_decay"] * weight
+    decoupled = optimizer == "AdamW" or bool(s.get("decoupled_weight_decay"))
+    return (nothing, -s["lr"] * decayed) if decoupled else (decayed, nothing)
 
 
-def _spend(seen: Seen, s: Mapping[str, Any], t: int, buffer: State, name: str, spent: Tensor, step: SeenStep) -> Tensor:
-    """The displacement of one parameter by one example, from the formulas of torch.optim."""
-    if seen.optimizer == "SGD":
-        if s["momentum"] == 0:
-            return -s["lr"] * spent
-        first = t == 1
-        buffer[name] = spent if first else s["momentum"] * buffer[name] + (1 - s["dampening"]) * spent
-        return -s["lr"] * (spent + s["momentum"] * buffer[name] if s["nesterov"] else buffer[name])
+def spend(optimizer: str, s: Mapping[str, Any], t: int, observed: State, buffer: State, g: Tensor) -> Tensor:
+    """The displacement of one parameter by gradients `g` in its t-th update (from 1), linear in them and `buffer`.
+
+    s: the settings of its parameter group. observed: what the optimizer holds after the step; what its squared
+    gradients made of it is taken as given. buffer: these gradients' own share of the averages, moved on here.
+    """
+    return SPENT[optimizer](s, t, observed, buffer, g)
+
+
+def _sgd(s: Mapping[str, Any], t: int, observed: State, buffer: State, g: Tensor) -> Tensor:
+    if s["momentum"] == 0:
+        return -s["lr"] * g
+    b = buffer["b"] = g if t == 1 else s["momentum"] * buffer["b"] + (1 - s["dampening"]) * g
+    return -s["lr"] * (g + s["momentum"] * b if s["nesterov"] else b)
+
+
+def _averaged(s: Mapping[str, Any], buffer: State, g: Tensor) -> Tensor:
+    """The first moment of Adam and its kin."""
+    beta1 = s["betas"][0]
+    buffer["m"] = beta1 * buffer.get("m", torch.zeros_like(g)) + (1 - beta1) * g
+    return buffer["m"]
+
+
+def _adam(s: Mapping[str, Any], t: int, observed: State, buffer: State, g: Tensor) -> Tensor:
     beta1, beta2 = s["betas"]
-    buffer[name] = beta1 * buffer.get(name, torch.zeros_like(spent)) + (1 - beta1) * spent
-    root = (step.second[name] / (1 - beta2**t)).sqrt() + s["eps"]
-    return -s["lr"] * (buffer[name] / (1 - beta1**t)) / root
+    v = observed["max_exp_avg_sq" if s["amsgrad"] else "exp_avg_sq"] / (1 - beta2**t)
+    return -s["lr"] * _averaged(s, buffer, g) / (1 - beta1**t) / (v.sqrt() + s["eps"])
+
+
+def _nadam(s: Mapping[str, Any], t: int, observed: State, buffer: State, g: Tensor) -> Tensor:
+    beta1, beta2 = s["betas"]
+    mu = [beta1 * (1 - 0.5 * 0.96 ** (k * s["momentum_decay"])) for k in range(1, t + 2)]  # mu_1 to mu_{t+1}
+    now, following = float(np.prod(mu[:-1])), float(np.prod(mu))
+    moved = (1 - mu[-2]) / (1 - now) * g + mu[-1] / (1 - following) * _averaged(s, buffer, g)
+    return -s["lr"] * moved / ((observed["exp_avg_sq"] / (1 - beta2**t)).sqrt() + s["eps"])
+
+
+def _radam(s: Mapping[str, Any], t: int, observed: State, buffer: State, g: Tensor) -> Tensor:
+    beta1, beta2 = s["betas"]
+    m = _averaged(s, buffer, g) / (1 - beta1**t)
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * t * beta2**t / (1 - beta2**t)
+    if length <= 5:
+        return -s["lr"] * m
+    r = ((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)) ** 0.5
+    return -s["lr"] * m * r * (1 - beta2**t) ** 0.5 / (observed["exp_avg_sq"].sqrt() + s["eps"])
+
+
+def _adamax(s: Mapping[str, Any], t: int, observed: State, buffer: State, g: Tensor) -> Tensor:
+    return -s["lr"] / (1 - s["betas"][0] ** t) * _averaged(s, buffer, g) / observed["exp_inf"]
+
+
+def _rmsprop(s: Mapping[str, Any], t: int, observed: State, buffer: State, g: Tensor) -> Tensor:
+    v = observed["square_avg"] - (observed["grad_avg"] ** 2 if s["centered"] else 0)
+    b = buffer["b"] = s["momentum"] * buffer.get("b", torch.zeros_like(g)) + g / (v.sqrt() + s["eps"])
+    return -s["lr"] * b
+
+
+def _adagrad(s: Mapping[str, Any], t: int, observed: State, buffer: State, g: Tensor) -> Tensor:
+    return -s["lr"] / (1 + (t - 1) * s["lr_decay"]) * g / (observed["sum"].sqrt() + s["eps"])
+
+
+SPENT: dict[str, Callable[[Mapping[str, Any], int, State, State, Tensor], Tensor]] = {
+    "SGD": _sgd,
+    "Adam": _adam,
+    "AdamW": _adam,
+    "NAdam": _nadam,
+    "RAdam": _radam,
+    "Adamax": _adamax,
+    "RMSprop": _rmsprop,
+    "Adagrad": _adagrad,
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- account
@@ -242,29 +417,41 @@ def account(
     pairs: Sequence[tuple[int, int]],
     nodes: int,
     cuts: Sequence[int] | None = None,
+    gauss: bool = False,
 ) -> Account:
-    """The ledger of every input. moved: (S, N + 1, P). cuts: steps between which the path is taken as straight."""
-    cuts = list(range(len(seen.steps) + 1)) if cuts is None else cuts
+    """The ledger of every input. moved: (segments, N + 1, P). cuts: between which the path is taken as straight.
+
+    nodes: midpoints, or Gauss-Legendre nodes, of each stretch between cuts.
+    """
+    cuts = list(range(seen.segments + 1)) if cuts is None else cuts
     count, size = moved.shape[1] - 1, sum(p.numel() for p in seen.model.parameters())
     rows: dict[str, list[Tensor]] = {name: [] for name in Account.__dataclass_fields__}
     for x, pair in zip(inputs, pairs, strict=True):
-        contributions, decay, buffers = torch.zeros(count), torch.zeros(()), torch.zeros(())
+        contributions, decayed, buffers = torch.zeros(count), torch.zeros(()), torch.zeros(())
         for a, b in pairwise(cuts):
             low, high = seen.state(a), seen.state(b)
             statistics = (flat(high, seen) - flat(low, seen))[size:]
-            for k in range(nodes):
-                between = {n: low[n] + (k + 0.5) / nodes * (high[n] - low[n]) for n in low}
-                j = jacobian(seen, between, x, pair) / nodes
+            for at, weight in _rule(nodes, gauss):
+                between = {n: low[n] + at * (high[n] - low[n]) for n in low}
+                j = weight * jacobian(seen, between, x, pair)
                 for s in range(a, b):
                     for i in range(count):
                         contributions[i] += j @ moved[s, i]
-                    decay += j @ moved[s, count]
+                    decayed += j @ moved[s, count]
                 buffers += j[size:] @ statistics
         start, end = output(seen, seen.state(0), x, pair), output(seen, seen.final, x, pair)
         rows["start"].append(start)
         rows["contributions"].append(contributions)
-        rows["decay"].append(decay)
+        rows["decay"].append(decayed)
         rows["buffers"].append(buffers)
         rows["output"].append(end)
-        rows["residual"].append(end - start - contributions.sum() - decay - buffers)
+        rows["residual"].append(end - start - contributions.sum() - decayed - buffers)
     return Account(**{name: torch.stack(values).detach() for name, values in rows.items()})
+
+
+def _rule(nodes: int, gauss: bool) -> list[tuple[float, float]]:
+    """Places in [0, 1] and their weights."""
+    if not gauss:
+        return [((k + 0.5) / nodes, 1 / nodes) for k in range(nodes)]
+    at, weights = np.polynomial.legendre.leggauss(nodes)
+    return [(float(t) / 2 + 0.5, float(w) / 2) for t, w in zip(at, weights, strict=True)]
