@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,8 @@ from torch.nn.utils import parametrizations
 
 from brittle.errors import UnsupportedError
 from brittle.kernel import gradients
-from brittle.kernel.layers import units
+from brittle.kernel.calls import Call
+from brittle.kernel.layers import units, weight_gradients
 from brittle.path.flat import FlatModel
 
 ROWS = 5
@@ -26,14 +28,18 @@ Pair = namedtuple("Pair", ["loss", "scores"])
 
 
 class Around(nn.Module):
-    """`build()` in the middle, its output flattened; `pick` takes a tensor from what it returns."""
+    """`inner` in the middle, its output flattened; `pick` takes a tensor from what it returns."""
 
-    def __init__(self, inner: nn.Module, pick: Callable[[Any], Tensor] = lambda out: out) -> None:
+    def __init__(self, inner: nn.Module, pick: Callable[[Any], Tensor] = lambda out: out, times: int = 1) -> None:
         super().__init__()
-        self.inner, self.pick = inner, pick
+        self.inner, self.pick, self.times = inner, pick, times
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pick(self.inner(x)).flatten(1).tanh()
+        return self.pick(self.inner(*[x] * self.times)).flatten(1).tanh()
+
+
+def first(out: tuple[Tensor, ...]) -> Tensor:
+    return out[0]
 
 
 class Wrapping(nn.Module):
@@ -63,15 +69,22 @@ class Recurrent(nn.Module):
 class Masked(nn.Module):
     """Attention with a mask by example, keys and values from elsewhere, all by keyword; the weights are used too."""
 
-    def __init__(self) -> None:
+    def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
-        self.inner = nn.MultiheadAttention(4, 2, batch_first=True, kdim=2, vdim=2)
+        self.inner = nn.MultiheadAttention(4, 2, rate, batch_first=True, kdim=2, vdim=2)
         self.embed = nn.Linear(2, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         mask = x[..., 0] > x[..., 0].amax(1, keepdim=True) - 1e-9
         found, weights = self.inner(query=self.embed(x), key=x, value=x, key_padding_mask=mask)
         return torch.cat([found.flatten(1), weights.flatten(1)], dim=1)
+
+
+class Whole(nn.Module):
+    """Numbers in [0, 1] as tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * 5.99).long()
 
 
 class InPlace(nn.Module):
@@ -117,6 +130,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "lstm": (lambda: Recurrent(nn.LSTM), (3, 2)),
     "gru": (lambda: Recurrent(nn.GRU), (3, 2)),
     "embedding and mean": (Tokens, (4,)),
+    "padding": (lambda: nn.Sequential(Whole(), nn.Embedding(6, 5, padding_idx=2)), (4,)),
     "residual": (Residual, (4,)),
     "shared and scaled": (Twice, (4,)),
     "class token": (Attention, (3, 2)),
@@ -171,7 +185,7 @@ def test_rows_of_a_normalized_batch_are_those_that_pass_through_each_row(case: s
     assert torch.allclose(found, expected, atol=1e-12)
     plain = copy.gradient(lambda: F.cross_entropy(copy.train()(inputs), targets))
     assert torch.allclose(found.sum(0), plain, atol=1e-12)
-    gradients.check_sum(copy, found, plain)
+    gradients.check_sum(copy, found.sum(0), plain)
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -209,6 +223,210 @@ def test_rows_that_cancel_to_rounding_have_nothing_to_share_out() -> None:
     expected = rows.clone()
     expected[:, 0] = 0
     assert torch.equal(gradients.without_rounding(rows), expected)
+
+
+# -------------------------------------------------------------------------------------------------------------- pieces
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_pieces_are_the_columns_of_the_row_gradients_each_once(name: str) -> None:
+    model, x = made(*MODULES[name])
+    whole, copy = rows_of(model, x)
+    left = whole.clone()
+    for columns, piece in gradients.row_pieces(copy, lambda: scalar_of(copy.model(x)).sum(), ROWS):
+        assert piece.shape == (ROWS, columns.stop - columns.start)
+        left[:, columns] -= piece
+    assert left.abs().max() == 0
+    spans = [(c.start, c.stop) for c, _ in gradients.row_pieces(copy, lambda: scalar_of(copy.model(x)).sum(), ROWS)]
+    assert len(spans) == len(set(spans)) <= len(copy.slots)
+    assert set(spans) <= {(slot.start, slot.stop) for slot in copy.slots}
+
+
+def test_the_sum_of_pieces_is_the_gradient_of_the_batch() -> None:
+    model, x = made(Residual, (4,))
+    copy = FlatModel(model)
+
+    def scalar() -> Tensor:
+        return scalar_of(copy.model(x)).sum()
+
+    found, expected = gradients.sum_of(copy, gradients.row_pieces(copy, scalar, ROWS)), copy.gradient(scalar)
+    assert torch.allclose(found, expected, atol=1e-12)
+    gradients.check_sum(copy, found, expected)
+    with pytest.raises(UnsupportedError, match=r"those of first\.weight do not add up"):
+        gradients.check_sum(copy, 1.01 * found, expected)
+    gradients.check_sum(copy, 1.01 * found, expected, tolerance=0.02)
+
+
+def test_no_more_than_one_module_is_in_memory_while_pieces_are_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = made(lambda: nn.Sequential(*[nn.Linear(4, 4) for _ in range(5)]), (4,))
+    copy = FlatModel(model)
+    formed: list[weakref.ref[Tensor]] = []
+    kept: list[weakref.ref[Tensor]] = []
+    alive = []
+
+    def watched(call: Call) -> dict[str, Tensor]:
+        alive.append([ref() is not None for ref in formed])
+        assert not any(ref() is not None for ref in kept)
+        kept.extend(weakref.ref(t) for t in (call.args[0], *call.upstream.values()))
+        found = weight_gradients(call)
+        found["bias"] = found["bias"].clone()  # it is the upstream gradient
+        formed.extend(weakref.ref(t) for t in found.values())
+        return found
+
+    monkeypatch.setattr(gradients, "weight_gradients", watched)
+    for _, piece in gradients.row_pieces(copy, lambda: scalar_of(copy.model(x)).sum(), ROWS):
+        del piece
+    assert alive == [[False] * (2 * k) for k in range(5)]
+
+
+# ------------------------------------------------------------------------------------------------------ random numbers
+
+
+class Dropping(nn.Module):
+    """A scale of its own, and random masks: over the batch as it lies, or over positions first."""
+
+    def __init__(self, across: bool = False) -> None:
+        super().__init__()
+        self.scale, self.across = nn.Parameter(torch.tensor([0.5, 2.0])), across
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.scale * x
+        if self.across:
+            return F.dropout(h.transpose(0, 1).contiguous(), 0.4, self.training).transpose(0, 1)
+        return F.dropout(h, 0.4, self.training)
+
+
+class Token(Attention):
+    """Dropout below a parameter of the model's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.drop(torch.cat([self.token.expand(len(x), 1, 4), self.embed(x)], dim=1))
+        return self.last(h + self.mix(h, h, h)[0])[:, 0]
+
+
+def encoder(rate: float) -> nn.Module:
+    return Around(nn.TransformerEncoderLayer(4, 2, 6, rate, batch_first=True))
+
+
+RANDOM: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "dropout": (lambda: nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.3), nn.Linear(6, 3)), (4,)),
+    "attention": (lambda: Around(nn.MultiheadAttention(4, 2, 0.3, batch_first=True), first, 3), (3, 4)),
+    "attention for its weights": (lambda: Masked(0.3), (3, 2)),
+    "encoder layer": (lambda: encoder(0.3), (3, 4)),
+    "lstm": (lambda: Around(nn.LSTM(2, 3, 2, batch_first=True, dropout=0.4), first), (3, 2)),
+    "gru": (lambda: Around(nn.GRU(2, 3, 2, batch_first=True, dropout=0.4), first), (3, 2)),
+    "own parameters": (Dropping, (3, 2)),
+    "positions first": (lambda: Dropping(across=True), (3, 2)),
+    "class token": (Token, (3, 2)),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_rows_of_a_random_pass_are_those_of_the_same_draws(name: str) -> None:
+    model, x = made(*RANDOM[name])
+    copy = FlatModel(model)
+
+    def values() -> Tensor:
+        torch.manual_seed(3)
+        return scalar_of(copy.train()(x))
+
+    found = gradients.row_gradients(copy, lambda: values().sum(), ROWS)
+    plain = torch.stack([copy.gradient(lambda row=row: values()[row]) for row in range(ROWS)])
+    assert torch.allclose(found, plain, atol=1e-12)
+    assert torch.allclose(found.sum(0), copy.gradient(lambda: values().sum()), atol=1e-12)
+    torch.manual_seed(4)
+    other = copy.gradient(lambda: scalar_of(copy.train()(x)).sum())
+    assert (found.sum(0) - other).norm() > 0.01 * other.norm()  # the draws matter
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_nobody_notices_that_modules_ran_again(name: str) -> None:
+    model, x = made(*RANDOM[name])
+    copy = FlatModel(model)
+    torch.manual_seed(5)
+    copy.train()(x)
+    after = torch.get_rng_state()
+    torch.manual_seed(5)
+    for _ in gradients.row_pieces(copy, lambda: scalar_of(copy.model(x)).sum(), ROWS):
+        assert torch.equal(torch.get_rng_state(), after)
+    assert all(module.training for module in copy.model.modules())
+
+
+def test_a_module_that_cannot_run_on_one_example_runs_on_the_batch() -> None:
+    model, x = made(Crowd, (2,))
+    copy = FlatModel(model)
+    with pytest.raises(ValueError, match="too few"):
+        copy.model(x[:1])
+    found = gradients.row_gradients(copy, lambda: scalar_of(copy.model(x)).sum(), ROWS)
+    plain = [copy.gradient(lambda i=i: scalar_of(copy.model(x))[i]) for i in range(ROWS)]
+    assert torch.allclose(found, torch.stack(plain), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["attention", "own parameters", "frozen normalization"])
+def test_modules_run_again_in_the_mode_of_the_pass(name: str) -> None:
+    """The mode is put back before the rows are taken."""
+    model, x = made(*(RANDOM | {"frozen normalization": (CASES["cnn batch norm"].build, (1, 5, 5))})[name])
+    expected, copy = rows_of(model, x)
+
+    def scalar() -> Tensor:
+        out = scalar_of(copy.eval()(x)).sum()
+        copy.train()
+        return out
+
+    assert torch.equal(gradients.row_gradients(copy, scalar, ROWS), expected)
+    assert copy.model.training
+
+
+# ----------------------------------------------------------------------------------------------------- mixed precision
+
+
+HALF: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear on positions": MODULES["linear on positions"],
+    "conv2d groups": MODULES["conv2d groups"],
+    "layer norm": (lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)), (2, 4)),
+    "group norm": (CASES["group norm"].build, (1, 5, 5)),
+    "embedding": (lambda: nn.Sequential(Whole(), nn.Embedding(6, 5, padding_idx=2), nn.Linear(5, 3)), (4,)),
+    "lstm": MODULES["lstm"],
+    "residual": MODULES["residual"],
+    "encoder layer": RANDOM["encoder layer"],
+    "class token": RANDOM["class token"],
+    "recurrent": RANDOM["lstm"],
+}
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_a_pass_in_half_precision_has_the_rows_of_full_precision_but_for_rounding(name: str) -> None:
+    model, x = made(*HALF[name])
+    copy, x = FlatModel(model.float()), x.float()
+
+    def scalar(half: bool) -> Tensor:
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return scalar_of(copy.train()(x)).sum()
+
+    full, rough = (gradients.row_gradients(copy, lambda half=half: scalar(half), ROWS) for half in (False, True))
+    assert rough.dtype == torch.float32
+    assert 0 < (full - rough).norm() < 0.02 * full.norm()
+    gradients.check_sum(copy, rough.sum(0), copy.gradient(lambda: scalar(True)), tolerance=0.03)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = gradients.row_gradients(copy, lambda: scalar(True), ROWS)
+    assert torch.equal(inside, rough)
+
+
+def test_normalized_batches_in_half_precision() -> None:
+    model, x = made(CASES["cnn batch norm"].build, (1, 5, 5), rows=16)
+    copy, x = FlatModel(model.float()), x.float()
+
+    def scalar(half: bool) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return scalar_of(copy.train()(x)).sum()
+
+    full, rough = (gradients.row_gradients(copy, lambda half=half: scalar(half), 16) for half in (False, True))
+    assert 0 < (full - rough).norm() < 0.03 * full.norm()
 
 
 # -------------------------------------------------------------------------------------------------------------- shapes
@@ -358,7 +576,37 @@ class Crowd(Asking):
         return self.scale * x
 
 
-def test_a_module_that_cannot_run_on_one_example_is_refused_by_name() -> None:
-    model, x = made(Crowd, (2,))
-    with pytest.raises(UnsupportedError, match=r"at a time, the model \(Crowd\) raised ValueError: too few"):
+class Once(Asking):
+    """Remembers that it has run."""
+
+    ran = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ran:
+            raise ValueError("once is enough")
+        self.ran = True
+        return self.scale * x
+
+
+class Sourced(Asking):
+    """Draws random numbers of its own beside the global ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source = torch.Generator().manual_seed(0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sourced:
+        return Sourced()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * F.dropout(x) * torch.rand(x.shape, generator=self.source)
+
+
+@pytest.mark.parametrize(
+    ("build", "found"),
+    [(Once, r"the model \(Once\) raised ValueError: once is enough"), (Sourced, "drew other random numbers")],
+)
+def test_a_module_that_cannot_run_again_is_refused_by_name(build: Callable[[], nn.Module], found: str) -> None:
+    model, x = made(build, (2,))
+    with pytest.raises(UnsupportedError, match=f"must run a second time as it ran in the model, .*{found}"):
         rows_of(model, x)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ REPRODUCED = 1e-4
 
 ROUGH = 4
 """The same in units in the last place, for outputs that are rounded more coarsely."""
+
+
+NO_DRAWS = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, nn.Embedding}
+"""Modules that are known to draw no random numbers, which saves looking."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,7 @@ def _global_generators(device: torch.device) -> list[torch.Generator]:
     return [torch.default_generator, torch.cuda.default_generators[index]]
 
 
-def _watch(
-    name: str, module: nn.Module, generators: list[torch.Generator], calls: list[Call]
-) -> tuple[RemovableHandle, RemovableHandle]:
+def _watch(name: str, module: nn.Module, generators: list[torch.Generator], calls: list[Call]) -> list[RemovableHandle]:
     """Hooks that add the module's calls to `calls`, whose outputs then report their gradient."""
     states: list[Tensor] = []
 
@@ -110,27 +113,35 @@ def _watch(
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not torch.is_grad_enabled():  # a trunk that the model itself keeps from learning
             return output
+        given = tuple(_mapped(_detached, v) for v in args), {k: _mapped(_detached, v) for k, v in kwargs.items()}
         modes = [part.training for part in module.modules()]
-        call = Call(name, module, *_detached((args, kwargs)), modes, _autocast(generators[-1].device))
-        leaves, spec = ([output], None) if isinstance(output, Tensor) else pytree.tree_flatten(output)
-        if not all(torch.equal(state, g.get_state()) for state, g in zip(states, generators, strict=True)):
-            call.drawn = Drawn(generators, states.copy(), [_detached(leaf, copy=True) for leaf in leaves])
-        calls.append(call)
-        if isinstance(output, Tensor):
-            return _watched(output, call.upstream, 0)
-        return pytree.tree_unflatten([_watched(leaf, call.upstream, k) for k, leaf in enumerate(leaves)], spec)
+        calls.append(call := Call(name, module, *given, modes, _autocast(generators[-1].device)))
+        if states and not all(map(torch.equal, states, [generator.get_state() for generator in generators])):
+            outputs = [_detached(leaf, copy=True) for leaf in pytree.tree_leaves(output)]
+            call.drawn = Drawn(generators, states.copy(), outputs)
+        number = count()
+        return _mapped(lambda leaf: _watched(leaf, call.upstream, next(number)), output)
 
-    return module.register_forward_pre_hook(enter), module.register_forward_hook(leave, with_kwargs=True)
+    hooks = [module.register_forward_hook(leave, with_kwargs=True)]
+    if type(module) not in NO_DRAWS:
+        hooks.append(module.register_forward_pre_hook(enter))
+    return hooks
 
 
 def _autocast(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-def _detached(tree: Any, copy: bool = False) -> Any:
+def _mapped(function: Callable[[Any], Any], tree: Any) -> Any:
+    """`function` of a tensor, or of every leaf of a nest of containers."""
+    return function(tree) if isinstance(tree, Tensor) else pytree.tree_map(function, tree)
+
+
+def _detached(leaf: Any, copy: bool = False) -> Any:
     """The same without its history, which would keep the whole pass in memory."""
-    plain = lambda leaf: leaf.detach().clone() if copy else leaf.detach()  # noqa: E731
-    return pytree.tree_map(lambda leaf: plain(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.detach().clone() if copy else leaf.detach()
 
 
 def _watched(leaf: Any, upstream: dict[int, Tensor], k: int) -> Any:

@@ -30,6 +30,9 @@ Scalar = Callable[[], Tensor]
 Piece = tuple[slice, Tensor]
 """The columns of one tensor in the state, and the gradients of its rows, (B, p)."""
 
+Span = tuple[int, int]
+"""Beginning and end of such columns."""
+
 AGREEMENT = 1e-3
 """Relative distance from plain autograd up to which a parameter's rows count as equal."""
 
@@ -58,12 +61,13 @@ def row_pieces(flat: FlatModel, scalar: Scalar, rows: int) -> Iterator[Piece]:
     """
     calls = _by_module(record(units(flat.model), scalar, flat.state.device))
     _check_first_axis(calls, rows)
-    to_come = Counter(span for call in calls for span in _spans(flat, call))
-    sums: dict[tuple[int, int], Tensor] = {}
+    spans = {call.name: _spans(flat, call) for call in calls}
+    to_come = Counter(span for call in calls for span in spans[call.name])
+    sums: dict[Span, Tensor] = {}
     while calls:
-        spans = _spans(flat, calls[-1])
+        done = spans[calls[-1].name]
         _add(sums, flat, calls.pop())
-        for span in spans:
+        for span in done:
             to_come[span] -= 1
             if not to_come[span] and span in sums:
                 yield slice(*span), sums.pop(span)
@@ -71,10 +75,14 @@ def row_pieces(flat: FlatModel, scalar: Scalar, rows: int) -> Iterator[Piece]:
 
 def row_gradients(flat: FlatModel, scalar: Scalar, rows: int) -> Tensor:
     """All of `row_pieces` at once: (B, P), 0 where a tensor has no gradient."""
-    out = flat.state.new_zeros(rows, len(flat))
+    out = flat.state.new_empty(rows, len(flat))
+    without = {(slot.start, slot.stop) for slot in flat.slots}
     for columns, piece in row_pieces(flat, scalar, rows):
         out[:, columns] = piece
+        without.discard((columns.start, columns.stop))
         del piece
+    for start, stop in without:
+        out[:, start:stop] = 0
     return out
 
 
@@ -134,13 +142,13 @@ def _check_first_axis(calls: list[Call], rows: int) -> None:
                 )
 
 
-def _spans(flat: FlatModel, call: Call) -> set[tuple[int, int]]:
-    """Beginnings and ends of the columns that a call may have gradients for; tied tensors have the same."""
+def _spans(flat: FlatModel, call: Call) -> set[Span]:
+    """The columns that a call may have gradients for; those of tied tensors are the same."""
     columns = [flat.columns[name] for name in own_tensors(call) if name in flat.columns]
     return {(c.start, c.stop) for c in columns}
 
 
-def _add(sums: dict[tuple[int, int], Tensor], flat: FlatModel, call: Call) -> None:
+def _add(sums: dict[Span, Tensor], flat: FlatModel, call: Call) -> None:
     """Add the gradients of one call to those of the same tensors, in the state's dtype."""
     call.upstream = {k: g.to(flat.state.dtype) for k, g in call.upstream.items()}
     for leaf, gradient in weight_gradients(call).items():

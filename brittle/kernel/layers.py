@@ -21,16 +21,16 @@ from brittle.kernel.rerun import is_whole, run_again
 
 def units(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules that own parameters or running statistics; one inside another such whole belongs to its call."""
-    found = [(name, module) for name, module in model.named_modules() if is_whole(module) or _owns(module)]
-    wholes = [name for name, module in found if is_whole(module)]
+    wholes = [name for name, module in model.named_modules() if is_whole(module)]
+    found = [(name, module) for name, module in model.named_modules() if name in wholes or _owns(module)]
     return [(n, m) for n, m in found if not any(n != w and n.startswith(f"{w}." if w else "") for w in wholes)]
 
 
 def own_tensors(call: Call) -> list[str]:
     """Full names of the tensors that a call may have gradients for."""
-    recurse = is_whole(call.module)
-    named = [*call.module.named_parameters(recurse=recurse), *call.module.named_buffers(recurse=recurse)]
-    return [call.column(leaf) for leaf, _ in named]
+    module, whole = call.module, is_whole(call.module)
+    leaves = [n for n, _ in module.named_parameters()] if whole else [*module._parameters, *module._buffers]
+    return [call.column(leaf) for leaf in leaves]
 
 
 def weight_gradients(call: Call) -> dict[str, Tensor]:

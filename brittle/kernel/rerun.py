@@ -14,6 +14,7 @@ module runs together, where nothing about it differs from the first time.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -49,7 +50,8 @@ def run_again(call: Call) -> Tensors:
     found, cause = "", None
     for route in (_vectorized, _together) if call.drawn else (_vectorized, _one_by_one, _together):
         try:
-            with call.again():
+            with call.again(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop")
                 rows, outputs = route(call)
             if call.same_draws(outputs):
                 return rows
@@ -78,7 +80,7 @@ def _one_by_one(call: Call) -> tuple[Tensors, list[Tensor]]:
     with sdpa_kernel(SDPBackend.MATH):
         found = [pull([leaf[i] for leaf in inputs], [g[i] for g in upstream]) for i in range(len(upstream[0]))]
     rows = {name: torch.stack([gradients[name] for gradients, _ in found]) for name in found[0][0]}
-    return rows, [torch.stack(output) for output in zip(*(outputs for _, outputs in found), strict=True)]
+    return rows, [torch.stack([outputs[k] for _, outputs in found]) for k in range(len(upstream))]
 
 
 def _by_rows(call: Call) -> tuple[list[Tensor], list[Tensor], Pull]:
@@ -106,11 +108,12 @@ def _by_rows(call: Call) -> tuple[list[Tensor], list[Tensor], Pull]:
 
 
 def _together(call: Call) -> tuple[Tensors, list[Tensor]]:
-    parameters, device = {n: p.requires_grad_(True) for n, p in _own(call).items()}, _device(call)
+    parameters = {n: p.requires_grad_(True) for n, p in _own(call).items()}
+    device = next(iter(call.upstream.values())).device
     autocast = torch.autocast(device.type, call.autocast, enabled=call.autocast is not None, cache_enabled=False)
     with torch.enable_grad(), autocast:
-        every = functional_call(call.module, (parameters, _buffers(call)), call.args, call.kwargs)
-    found = pytree.tree_leaves(every)
+        returned = functional_call(call.module, (parameters, _buffers(call)), call.args, call.kwargs)
+    found = pytree.tree_leaves(returned)
     outputs = {k: found[k] for k in call.upstream}
     depend = {k: output for k, output in outputs.items() if output.requires_grad}
     upstream = [call.upstream[k].to(output.dtype) for k, output in depend.items()]
@@ -135,7 +138,3 @@ def _own(call: Call) -> Tensors:
 def _buffers(call: Call) -> Tensors:
     """Copies, which a module may move as it runs."""
     return {name: buffer.clone() for name, buffer in call.module.named_buffers()}
-
-
-def _device(call: Call) -> torch.device:
-    return next(iter(call.upstream.values())).device
