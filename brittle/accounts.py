@@ -1,7 +1,8 @@
-"""What is known of the training decides what can be accounted for: the recorded path, or the final weights alone.
+"""What is known of the training decides what can be accounted for: a recorded path, checkpoints, or weights alone.
 
-With a path, outputs get a ledger and the memory holds what each group displaced. Without one, the tangent kernel
-of the final weights stands in: local statements, no account. Everything after this module treats both alike.
+With a path, outputs get a ledger and the memory holds what each group displaced; with checkpoints as well, but most
+of it may be unexplained. With neither, the tangent kernel of the final weights stands in: local statements, no
+account. Everything after this module treats them alike.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from brittle.kernel.memory import Memory, build, fine_mass, mass
 from brittle.kernel.quadrature import outputs_at
 from brittle.kernel.sweep import Quadrature, sweep
 from brittle.kernel.tangent import tangent_contributions, tangent_memory
+from brittle.path.checkpoints import Checkpoints
 from brittle.path.flat import FlatModel
 from brittle.path.match import check_path
+from brittle.path.replay import Path
 from brittle.path.store import PathReader
 from brittle.probes import Family
 from brittle.records import Groups, Ledger, Pairs, Progress, Queries, ShiftMap
@@ -47,8 +50,10 @@ class Account:
         return "path kernel" if self.ledger is not None else "tangent kernel"
 
 
-def open_path(subject: Subject) -> PathReader | None:
-    """The subject's recorded path, checked against its model and data; None where there is none."""
+def open_path(subject: Subject) -> Path | None:
+    """The subject's path, checked against its model and data, or its checkpoints; None where there are neither."""
+    if subject.checkpoints is not None:
+        return Checkpoints(subject)
     if subject.path is None:
         return None
     path = PathReader(subject.path)
@@ -58,7 +63,7 @@ def open_path(subject: Subject) -> PathReader | None:
 
 def build_memory(
     subject: Subject,
-    path: PathReader | None,
+    path: Path | None,
     groups: Groups,
     segments: int,
     nodes: int,
@@ -73,7 +78,7 @@ def build_memory(
 
 def account(
     subject: Subject,
-    path: PathReader | None,
+    path: Path | None,
     ids: Tensor,
     inputs: Tensor,
     pairs: Pairs,
@@ -91,7 +96,7 @@ def account(
 
 def memory_fidelity(
     subject: Subject,
-    path: PathReader,
+    path: Path,
     memory: Memory,
     groups: Groups,
     queries: Queries,

@@ -91,6 +91,24 @@ def checked_bounds(bounds: Any) -> tuple[float, float]:
     return low, high
 
 
+def checked_checkpoints(checkpoints: Any, recorded: bool) -> tuple[tuple[Any, float], ...] | None:
+    """Pairs of weights and a learning rate above 0, or None. recorded: whether a path is given as well."""
+    if checkpoints is None:
+        return None
+    if recorded:
+        raise DataError("a subject has path= or checkpoints=, found both; keep path=, it knows every step")
+    try:
+        pairs = tuple((weights, float(lr)) for weights, lr in checkpoints)
+    except (TypeError, ValueError):
+        pairs = ()
+    if not pairs or not all(0 < lr < np.inf for _, lr in pairs):
+        raise DataError(
+            f"checkpoints must be pairs (weights, learning rate), rates above 0, found {[lr for _, lr in pairs]}; pass "
+            "[(state_dict or file, 0.1), ...] in the order of training"
+        )
+    return pairs
+
+
 def checked_scale(normalize: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation that broadcast over one input of `shape`; one value a channel is the first axis."""
     try:

@@ -73,6 +73,9 @@ class Fidelity(Record):
     statement: str = Field(description="what may and may not be claimed; the report's first lines")
     verdict: Verdict
     relative_residual: float | None = None
+    relative_unexplained: float | None = Field(
+        default=None, description="mean absolute unexplained row / mean absolute learned change"
+    )
     cancellation: float | None = Field(default=None, description="median over queries of gross / |net|")
     rows: list[LedgerRow] = []
     memory: MemoryFidelity | None = None

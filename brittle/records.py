@@ -136,7 +136,15 @@ class Ledger:
     @property
     def relative_residual(self) -> float:
         """Mean absolute residual over the queries / mean absolute learned change."""
-        return (self.residual.abs().mean() / (self.output - self.start).abs().mean()).item()
+        return self._relative(self.residual)
+
+    @property
+    def relative_unexplained(self) -> float:
+        """The same of what the recorded gradients do not account for."""
+        return self._relative(self.unexplained)
+
+    def _relative(self, row: Tensor) -> float:
+        return (row.abs().mean() / (self.output - self.start).abs().mean()).item()
 
     @property
     def cancellation(self) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from brittle.kernel.quadrature import blocks
 from brittle.mass import support
 from brittle.path.flat import FlatModel
-from brittle.path.store import PathReader
+from brittle.path.replay import Path
 from brittle.records import Groups, Pairs, ShiftMap
 from brittle.shift import gone_at
 from brittle.subject import Subject
@@ -30,7 +30,7 @@ FORWARD_BLOCK = 1024
 
 
 @torch.no_grad()
-def late_probabilities(path: PathReader, subject: Subject, inputs: Tensor, device: str = "cpu") -> Tensor:
+def late_probabilities(path: Path, subject: Subject, inputs: Tensor, device: str = "cpu") -> Tensor:
     """Class probabilities averaged over `LATE_STATES` stored states of the later half of training: (M, C).
 
     Cost: `LATE_STATES` forward passes an input.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from brittle.path.checkpoints import Checkpoints
 from brittle.subject import Subject
 
 PACKAGES = ("brittle", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "foolbox")
@@ -30,6 +31,7 @@ def fingerprints(subject: Subject) -> dict[str, str]:
     """Short SHA-256 digests of the subject's weights and data."""
     parts = {"train": subject.train, "test": subject.test, "pool": subject.pool}
     prints = {what: digest(part.inputs, part.targets) for what, part in parts.items() if part is not None}
+    prints |= {"checkpoints": digest(*Checkpoints(subject).states)} if subject.checkpoints else {}
     return {"weights": digest(*subject.model.state_dict().values()), **prints}
 
 

@@ -26,6 +26,7 @@ from brittle.checks import (
     check_model,
     check_shape,
     checked_bounds,
+    checked_checkpoints,
     checked_scale,
 )
 from brittle.data import Examples
@@ -60,6 +61,8 @@ class Subject:
         class_names: one name a class; numbers where left out.
         normalize: (mean, std), numbers or one value a channel; applied inside, to raw inputs.
         path: the folder that a `Recorder` wrote, or None: then the audit makes local statements only.
+        checkpoints: [(weights, learning rate), ...] in the order of training, where no path was recorded: files that
+            hold a state dict, state dicts or modules. The account is then coarse, and says by how much.
         pool: further labelled examples from which suggestions are drawn.
         ids: names of the training examples, shown in the report.
         retrain: (examples, seed) -> a freshly trained model; lets suggestions be checked.
@@ -80,6 +83,7 @@ class Subject:
     class_names: tuple[str, ...] = ()
     normalize: tuple[Any, Any] | None = None
     path: Path | None = None
+    checkpoints: Sequence[tuple[Any, float]] | None = None
     pool: Examples | None = None
     ids: Sequence[str] | None = None
     retrain: Retrain | None = None
@@ -94,6 +98,7 @@ class Subject:
         put("test", Examples.of(self.test, "test"))
         put("pool", None if self.pool is None else Examples.of(self.pool, "pool"))
         put("path", None if self.path is None else Path(self.path))
+        put("checkpoints", checked_checkpoints(self.checkpoints, recorded=self.path is not None))
         put("bounds", checked_bounds(self.bounds))
         put("name", self.name or type(self.model).__name__)
         check_model(self.model)

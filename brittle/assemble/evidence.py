@@ -10,7 +10,7 @@ from brittle.findings import Agreement, MemoryFidelity
 from brittle.flips import Flips
 from brittle.holes import Region
 from brittle.outcomes import Observed
-from brittle.path.store import PathReader
+from brittle.path.replay import Path
 from brittle.probes import Family
 from brittle.records import AttackRows, Groups, ShiftMap
 from brittle.split import Split
@@ -23,7 +23,7 @@ class Evidence:
 
     subject: Subject
     spec: str | None
-    path: PathReader | None
+    path: Path | None
     split: Split
     families: tuple[Family, ...]
     groups: Groups

@@ -5,9 +5,14 @@ from __future__ import annotations
 from brittle.agreement import wilson
 from brittle.assemble.evidence import Evidence
 from brittle.findings import ClassAccuracy, Clean, Fidelity, LedgerRow, SubjectFacts
+from brittle.path.checkpoints import Checkpoints
+from brittle.records import Ledger
 
 CLOSES, FAITHFUL = 0.05, 0.9
-"""Relative residual up to which an account closes, and shift cosine from which the memory is faithful."""
+"""Relative residual (and unexplained row) up to which an account closes, and shift cosine from which the memory is faithful."""
+
+SMALL = 0.005
+"""Share of what was learned below which the unexplained row is not spoken of."""
 
 
 def subject_facts(e: Evidence) -> SubjectFacts:
@@ -23,8 +28,8 @@ def subject_facts(e: Evidence) -> SubjectFacts:
         train=len(s.train),
         test=len(s.test),
         pool=len(s.pool) if s.pool is not None else 0,
-        optimizer=e.path.optimizer if e.path else None,
-        steps=e.path.steps if e.path else None,
+        optimizer=e.path.optimizer_name if e.path else None,
+        steps=e.path.steps if e.path and not coarse(e) else None,
     )
 
 
@@ -41,16 +46,13 @@ def fidelity(e: Evidence) -> Fidelity:
                 "which examples made a prediction during training, and no account closes."
             ),
         )
-    closes = ledger.relative_residual <= CLOSES
+    closes = max(ledger.relative_residual, ledger.relative_unexplained) <= CLOSES
     faithful = e.memory_fidelity is not None and e.memory_fidelity.shift_cosine >= FAITHFUL
     return Fidelity(
-        path="recorded",
-        verdict="pass" if closes and faithful else "fail",
-        statement=(
-            "Every step of the training is known. Each prediction is accounted for, example by example, up to "
-            f"{ledger.relative_residual:.2%} of what was learned. Contributions say how training examples moved a "
-            "prediction in this training; they do not say what would have happened without them."
-        ),
+        path="checkpoints" if coarse(e) else "recorded",
+        verdict="inconclusive" if coarse(e) else "pass" if closes and faithful else "fail",
+        statement=_few_are_known(e, ledger) if coarse(e) else _all_are_known(ledger),
+        relative_unexplained=ledger.relative_unexplained,
         relative_residual=ledger.relative_residual,
         cancellation=ledger.cancellation.median().item(),
         rows=[
@@ -58,6 +60,31 @@ def fidelity(e: Evidence) -> Fidelity:
             for name, row in ((name, ledger.row(name)[: e.first]) for name in ledger.ROWS)
         ],
         memory=e.memory_fidelity,
+    )
+
+
+def coarse(e: Evidence) -> bool:
+    """Whether checkpoints are all that is known of the path."""
+    return isinstance(e.path, Checkpoints)
+
+
+def _all_are_known(ledger: Ledger) -> str:
+    missing = ledger.relative_unexplained
+    apart = f" A further {missing:.1%} is unexplained: no recorded gradient accounts for it." if missing > SMALL else ""
+    return (
+        "Every step of the training is known. Each prediction is accounted for, example by example, up to "
+        f"{ledger.relative_residual:.2%} of what was learned.{apart} Contributions say how training examples moved a "
+        "prediction in this training; they do not say what would have happened without them."
+    )
+
+
+def _few_are_known(e: Evidence, ledger: Ledger) -> str:
+    assert e.path is not None
+    return (
+        f"Only {e.path.steps + 1} checkpoints of the training are known. Which examples moved a prediction between them "
+        "is guessed from gradients at the checkpoints: it may be claimed which groups of examples matter, not by how "
+        f"much, and not for single examples. {ledger.relative_unexplained:.0%} of what was learned is unexplained, and "
+        f"the sum over the path missed {ledger.relative_residual:.1%}."
     )
 
 
@@ -86,6 +113,7 @@ def warnings(e: Evidence) -> list[str]:
             found.append(
                 f"Under {family.name} fewer than 1% fail by {family.reference:g} ({family.unit}): little to learn."
             )
+    found += e.path.warnings if e.path else []
     if e.path is None:
         found.append("No path was recorded: mass and shift are those of one more training step at the final weights.")
     return found

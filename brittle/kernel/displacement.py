@@ -20,9 +20,8 @@ from torch import Tensor
 from brittle.kernel.steps import check_step, step_pieces
 from brittle.path.flat import FlatModel
 from brittle.path.observed import Batch
-from brittle.path.replay import walk
+from brittle.path.replay import Path, walk
 from brittle.path.rules import advance
-from brittle.path.store import PathReader
 from brittle.path.walked import WalkedStep
 from brittle.records import Groups, Progress
 from brittle.subject import Subject
@@ -38,7 +37,7 @@ class Displaced:
 
 
 def displaced(
-    path: PathReader,
+    path: Path,
     subject: Subject,
     groups: Groups,
     cuts: Sequence[int],

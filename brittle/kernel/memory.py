@@ -21,7 +21,7 @@ from torch import Tensor
 from brittle.kernel.displacement import displaced, even_cuts
 from brittle.kernel.quadrature import check_outputs, midpoints, output_gradients, row_blocks
 from brittle.path.flat import FlatModel
-from brittle.path.store import PathReader
+from brittle.path.replay import Path
 from brittle.records import Groups, Pairs, Progress
 from brittle.subject import Subject
 
@@ -68,7 +68,7 @@ class Memory:
 
 
 def build(
-    path: PathReader,
+    path: Path,
     subject: Subject,
     groups: Groups,
     segments: int = 100,
@@ -108,7 +108,7 @@ def mass(
 
 
 def fine_mass(
-    path: PathReader,
+    path: Path,
     subject: Subject,
     groups: Groups,
     inputs: Tensor,

@@ -30,11 +30,11 @@ from torch import Tensor
 
 from brittle.kernel.quadrature import Line, check_outputs, line_gradient, outputs_at
 from brittle.kernel.steps import check_step, step_pieces
+from brittle.path.checkpoints import Checkpoints
 from brittle.path.flat import FlatModel
 from brittle.path.observed import Batch
-from brittle.path.replay import walk
+from brittle.path.replay import Path, walk
 from brittle.path.rules import absent, pull_back, scaled
-from brittle.path.store import PathReader
 from brittle.path.walked import Interval, WalkedStep
 from brittle.records import Ledger, Pairs, Progress
 from brittle.subject import Subject
@@ -66,7 +66,7 @@ class Swept:
 
 
 def sweep(
-    path: PathReader,
+    path: Path,
     subject: Subject,
     inputs: Tensor,
     pairs: Pairs,
@@ -95,7 +95,8 @@ def sweep(
     check_outputs(subject, flat)
     account = _Account(subject, flat, inputs, pairs, path, q)
     done = 0
-    for segment in _segments(path, subject, flat, q.segment):
+    size = 1 if isinstance(path, Checkpoints) else q.segment
+    for segment in _segments(path, subject, flat, size):
         if not done:
             check_step(subject, flat, segment.steps[-1])
         account.take(segment)
@@ -105,7 +106,7 @@ def sweep(
     return account.close()
 
 
-def _segments(path: PathReader, subject: Subject, flat: FlatModel, size: int) -> Iterator[Interval]:
+def _segments(path: Path, subject: Subject, flat: FlatModel, size: int) -> Iterator[Interval]:
     """The path's steps from last to first, `size` at a time (the first ones may be fewer)."""
     pending: list[WalkedStep] = []
     end: Tensor | None = None
@@ -125,7 +126,7 @@ class _Account:
     """The ledger in the making: rows that grow as segments are taken, last segment first."""
 
     def __init__(
-        self, subject: Subject, flat: FlatModel, inputs: Tensor, pairs: Pairs, path: PathReader, q: Quadrature
+        self, subject: Subject, flat: FlatModel, inputs: Tensor, pairs: Pairs, path: Path, q: Quadrature
     ) -> None:
         self.subject, self.flat, self.inputs, self.pairs, self.path, self.q = subject, flat, inputs, pairs, path, q
         device, m = flat.state.device, len(inputs)

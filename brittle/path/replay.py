@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from brittle.errors import PathMismatchError
+from brittle.path.checkpoints import Checkpoints
 from brittle.path.flat import FlatModel
 from brittle.path.observed import Snapshot, Step
 from brittle.path.optimizers import MOMENTS, OBSERVED, Moments, step_rule
@@ -36,16 +37,23 @@ NOISE = 1e-4
 """Share of the largest gradient below which Adam's steps may follow rounding errors."""
 
 
-def intervals(path: PathReader, reverse: bool = False) -> list[tuple[int, int]]:
+Path = PathReader | Checkpoints
+"""What can be walked: a recorded path, or the checkpoints that are left of one."""
+
+
+def intervals(path: Path, reverse: bool = False) -> list[tuple[int, int]]:
     """The stretches [start, stop) between stored states, in or against the order of training."""
     found = list(pairwise(path.marks))
     return found[::-1] if reverse else found
 
 
-def walk(path: PathReader, subject: Subject, flat: FlatModel, reverse: bool = False) -> Iterator[Interval]:
+def walk(path: Path, subject: Subject, flat: FlatModel, reverse: bool = False) -> Iterator[Interval]:
     """The intervals of the path, replayed where a state was not stored. Raises `PathMismatchError` on drift."""
     for start, stop in intervals(path, reverse):
-        yield replay(path, subject, flat, start, stop)
+        if isinstance(path, Checkpoints):
+            yield path.interval(subject, flat, start)
+        else:
+            yield replay(path, subject, flat, start, stop)
 
 
 def replay(path: PathReader, subject: Subject, flat: FlatModel, start: int, stop: int) -> Interval:

@@ -12,7 +12,7 @@ from brittle.agreement.contests import Contest
 from brittle.kernel.memory import Memory
 from brittle.mass import cluster_groups
 from brittle.outcomes import Observed
-from brittle.path.store import PathReader
+from brittle.path.replay import Path
 from brittle.probes import Family, families_for
 from brittle.records import AttackRows, Groups, Ledger, Norm, Pairs, ShiftMap
 from brittle.shift import draw_probes
@@ -58,7 +58,7 @@ class Context:
 
     subject: Subject
     stages: Stages
-    path: PathReader | None
+    path: Path | None
     split: Split
     families: tuple[Family, ...]
     draws: Mapping[str, Tensor]  # of `split.both`, by family

@@ -10,6 +10,9 @@ from brittle.report.formatting import NONE, Amount, amount, fixed, norm_name, nu
 FAITHFUL_SHIFT_COSINE = 0.95
 """From this median cosine to a finer account on, the shift map is called faithful."""
 
+SPOKEN_OF = 0.005
+"""Share of what was learned from which the unexplained row is spoken of."""
+
 PATHS = {
     "recorded": "recorded path",
     "checkpoints": "checkpoints only",
@@ -89,12 +92,14 @@ def _accuracy(findings: Findings) -> Card:
 def _account(findings: Findings) -> Card:
     fidelity = findings.fidelity
     known = fidelity.relative_residual is not None
+    missed = "of what was learned is missed by the sum over the training path"
+    unexplained = fidelity.relative_unexplained or 0.0
+    if unexplained >= SPOKEN_OF:
+        missed += f"; a further {percent(unexplained, 1)} is unexplained"
     return Card(
         "The account closes",
         (Amount(percent(fidelity.relative_residual, 2) if known else NONE),),
-        "of what was learned is missed by the sum over the training path"
-        if known
-        else f"no account is claimed: {PATHS[fidelity.path]}",
+        missed if known else f"no account is claimed: {PATHS[fidelity.path]}",
         "Relative residual: mean absolute residual over the queries / mean absolute learned change.",
         fidelity.verdict,
     )
