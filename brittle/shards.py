@@ -40,7 +40,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 def read_bytes(path: Path) -> bytes:
     """The content of a file that `write_bytes` wrote. Raises `DamagedFileError` where its checksum differs."""
     try:
-        content, noted = path.read_bytes(), _checksum(path).read_text().split()
+        content, noted = path.read_bytes(), _checksum(path).read_text(errors="replace").split()
     except FileNotFoundError as error:
         raise DamagedFileError(f"{path} must exist with its checksum beside it; {error.filename} is missing") from error
     found = hashlib.sha256(content).hexdigest()

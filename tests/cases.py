@@ -216,6 +216,7 @@ def train(
         loop.run(recipe.resume)
         saved, safe = loop.checkpoint(), recorder.flush()
         loop.run(recipe.resume + 2)  # lost: the process is killed
+        recorder.flush()
         loop = begin(case, recipe, place, count)
         loop.restore(saved)
         recorder = Recorder(loop.model, loop.optimizer, root, budget, resume=safe, **_asked(loop))

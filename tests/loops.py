@@ -52,8 +52,9 @@ class Recipe:
     weighted: bool = False  # examples have weights, which the loss takes
     mixup: bool = False
     augment: Callable[[Tensor, int, int], Tensor] | None = None  # (input, id, epoch) -> input
-    attack: Literal["eval", "train"] | None = None  # inputs made by FGSM, against the model in this mode
+    attack: Literal["eval", "train", "backward"] | None = None  # inputs made by FGSM, against the model in this mode
     scaler: Callable[[], torch.amp.GradScaler] | None = None  # skips the steps OVERFLOWS
+    fused: bool = False  # the optimizer itself takes the scale out, and skips the step
     average: Averaging | None = None
     tuned: bool = False  # from weights that an earlier training left
     replacement: bool = False  # the sampler may draw an example twice
@@ -62,6 +63,7 @@ class Recipe:
     closure: bool = False
     resting: bool = False  # batch normalization in evaluation mode
     keep_zeros: bool = False  # zero_grad(set_to_none=False)
+    between: Callable[[nn.Module, Optimizer, int], None] | None = None  # done before each step, which is counted
     resume: int | None = None  # the step after which a checkpoint is taken up again
 
 
@@ -138,6 +140,8 @@ class Loop:
 
     def _step(self) -> None:
         before, stepped = state_of(self.model), False
+        if self.recipe.between:
+            self.recipe.between(self.model, self.optimizer, len(self.steps))
         while not stepped:
             stepped = self._closure_step(before) if self.recipe.closure else self._plain_step(before)
         if self.schedule:
@@ -149,7 +153,7 @@ class Loop:
         """Backward, then step; False where the scaler skips the step."""
         self.optimizer.zero_grad(set_to_none=not self.recipe.keep_zeros)
         passes = [self._pass(self._draw()) for _ in range(self.recipe.passes)]
-        if self.scaler:
+        if self.scaler and not self.recipe.fused:
             self.scaler.unscale_(self.optimizer)
         raw = self._gradients()
         self._change()
@@ -263,9 +267,15 @@ class Loop:
 
     def _attacked(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The fast gradient sign method (Goodfellow et al. 2014) against the model as it is now."""
-        self.model.train(self.recipe.attack == "train")
+        self.model.train(self.recipe.attack != "eval")
         inputs = inputs.clone().requires_grad_(True)
-        [pull] = torch.autograd.grad(self.loss(logits_in(self.model(inputs)), targets), inputs)
+        loss = self.loss(logits_in(self.model(inputs)), targets)
+        if self.recipe.attack == "backward":  # through the weights as well, whose gradients are thrown away
+            loss.backward()
+            pull = inputs.grad
+            self.optimizer.zero_grad()
+        else:
+            [pull] = torch.autograd.grad(loss, inputs)
         return (inputs + 0.1 * pull.sign()).clamp(0, 1).detach()
 
     def _tell(self, drawn: SeenPass) -> None:

@@ -332,7 +332,7 @@ def spend(optimizer: str, s: Mapping[str, Any], t: int, observed: State, buffer:
 def _sgd(s: Mapping[str, Any], t: int, observed: State, buffer: State, g: Tensor) -> Tensor:
     if s["momentum"] == 0:
         return -s["lr"] * g
-    b = buffer["b"] = g if t == 1 else s["momentum"] * buffer["b"] + (1 - s["dampening"]) * g
+    b = buffer["b"] = s["momentum"] * buffer["b"] + (1 - s["dampening"]) * g if "b" in buffer else g
     return -s["lr"] * (g + s["momentum"] * b if s["nesterov"] else b)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from cases import CASES, Attention, Case, Residual, Tokens, Twice
 from cases import float64 as float64
-from reference import Seen, SeenStep, flat, gradient, logits, logits_in, row_gradients
+from reference import Seen, SeenPass, SeenStep, flat, gradient, logits, logits_in, row_gradients
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
@@ -176,7 +176,7 @@ def test_rows_of_a_normalized_batch_are_those_that_pass_through_each_row(case: s
     model = CASES[case].model()
     inputs, targets = CASES[case].data(ROWS, seed=2)
     state = {k: v.detach().clone() for k, v in model.state_dict().items() if v.is_floating_point()}
-    step = SeenStep(state, torch.arange(ROWS), 1.0, {}, {})
+    step = SeenStep(state, [SeenPass(torch.arange(ROWS), inputs, targets)], {}, {}, {})
     seen = Seen(model, "SGD", [step], state, inputs, targets, F.cross_entropy)
     copy = FlatModel(model)
     found = gradients.row_gradients(copy, lambda: F.cross_entropy(copy.train()(inputs), targets), ROWS)
@@ -189,10 +189,11 @@ def test_rows_of_a_normalized_batch_are_those_that_pass_through_each_row(case: s
 
 
 @pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("shape", [(5,), (2, 3, 3)])
-def test_running_statistics_have_the_gradients_of_finite_differences(shape: tuple[int, ...], affine: bool) -> None:
-    kind = nn.BatchNorm2d if len(shape) > 1 else nn.BatchNorm1d
-    model, x = made(lambda: nn.Sequential(kind(shape[0], affine=affine), nn.Flatten(), nn.LazyLinear(3)), shape)
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_running_statistics_have_the_gradients_of_finite_differences(kind: type[nn.BatchNorm2d], affine: bool) -> None:
+    shape = (5,) if kind is nn.BatchNorm1d else (2, 3, 3)
+    norm = kind(shape[0], affine=affine, track_running_stats=True)
+    model, x = made(lambda: nn.Sequential(norm, nn.Flatten(), nn.LazyLinear(3)), shape)
     model(x)
     model[0].running_mean += torch.rand(shape[0])
     model[0].running_var += torch.rand(shape[0])
@@ -216,6 +217,14 @@ def test_running_statistics_equal_the_formula_written_out() -> None:
     for i in range(ROWS):
         plain = gradient(lambda w, i=i: scalar_of(logits(model, w, x[i : i + 1])).sum(), state)
         assert torch.allclose(found[i], flat(plain, seen), atol=1e-12)
+
+
+def test_frozen_normalization_has_its_rows_while_the_rest_trains() -> None:
+    model, x = made(CASES["cnn batch norm"].build, (1, 5, 5))
+    expected, copy = rows_of(model, x)
+    copy.train()
+    copy.model.get_submodule("1").eval()
+    assert torch.equal(gradients.row_gradients(copy, lambda: scalar_of(copy.model(x)).sum(), ROWS), expected)
 
 
 def test_rows_that_cancel_to_rounding_have_nothing_to_share_out() -> None:

@@ -9,7 +9,7 @@ from brittle.path.checkpoints import Checkpoints
 from brittle.records import Ledger
 
 CLOSES, FAITHFUL = 0.05, 0.9
-"""Relative residual (and unexplained row) up to which an account closes, and shift cosine from which the memory is faithful."""
+"""Relative residual, and unexplained row, up to which an account closes; shift cosine from which memory is faithful."""
 
 SMALL = 0.005
 """Share of what was learned below which the unexplained row is not spoken of."""
@@ -81,8 +81,8 @@ def _all_are_known(ledger: Ledger) -> str:
 def _few_are_known(e: Evidence, ledger: Ledger) -> str:
     assert e.path is not None
     return (
-        f"Only {e.path.steps + 1} checkpoints of the training are known. Which examples moved a prediction between them "
-        "is guessed from gradients at the checkpoints: it may be claimed which groups of examples matter, not by how "
+        f"Only {e.path.steps + 1} checkpoints of the training are known. Which examples moved a prediction between "
+        "them is guessed from gradients at the checkpoints: it may be claimed which groups of examples matter, not by how "
         f"much, and not for single examples. {ledger.relative_unexplained:.0%} of what was learned is unexplained, and "
         f"the sum over the path missed {ledger.relative_residual:.1%}."
     )

@@ -101,7 +101,7 @@ def _by_rows(call: Call) -> tuple[list[Tensor], list[Tensor], Pull]:
             outputs = pytree.tree_leaves(functional_call(call.module, (p, buffers), args, kwargs))
             return [outputs[k][0].to(dtype) for k in call.upstream]
 
-        outputs, back = torch.func.vjp(run, parameters)
+        outputs, back = torch.func.vjp(run, parameters)[:2]
         return back(gradients)[0], outputs
 
     return [leaves[k] for k in split], upstream, pull

@@ -102,7 +102,7 @@ class Checkpoints:
             Manner((), ({},), resting),
             torch.zeros_like(self.sizes),
             torch.ones(len(self.sizes), dtype=torch.float64),
-            float("inf"),
+            torch.full((len(self.sizes),), float("inf"), dtype=torch.float64),
             torch.zeros(len(self.sizes), dtype=torch.float64),
         )
         return Interval([WalkedStep(start, low, seen, rule, shares=shares)], high, 0.0)

@@ -6,6 +6,7 @@ forward and backward once. Tensors that belong to a batch are kept in the order 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -76,8 +77,9 @@ class Step:
     manner: Manner
     counts: Tensor  # shape: (n,) int64; updates of each tensor before this one, -1 where it rests
     factors: Tensor  # shape: (n,) float64; what happened to its gradient between backward and step
-    bound: float  # gradients were clipped to [-bound, bound] after that
+    bounds: Tensor  # shape: (n,) float64; the gradient was clipped to [-bound, bound] after that
     extra: Tensor  # shape: (n,) float64; see `optimizers.Recipe`
+    length: float = 0.0  # norm of the gradients as the optimizer got them, where clipping by value hid the factor
     averaged: float = 0.0  # share of the new weights in the averaged ones after this step
     statistics: Tensor | None = None  # running statistics after this step, where replay could not find them
 
@@ -87,10 +89,15 @@ class Step:
         return sum(len(batch) for batch in self.batches)
 
     @property
+    def cut(self) -> bool:
+        """Whether a gradient was clipped by value."""
+        return bool((self.bounds < math.inf).any())
+
+    @property
     def nbytes(self) -> int:
         """Bytes that its tensors take."""
         kept = [getattr(batch, name) for batch in self.batches for name in ("ids", *KEPT)]
-        return sum(t.nbytes for t in (*kept, self.counts, self.factors, self.extra) if t is not None)
+        return sum(t.nbytes for t in (*kept, self.counts, self.factors, self.bounds, self.extra) if t is not None)
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ class Snapshot:
     state: Tensor  # shape: (P,)
     buffers: Mapping[str, Tensor]  # each of shape (parameters,)
     counts: Tensor  # shape: (n,) int64; updates of each tensor so far
-    products: Tensor  # shape: (n,) float64; NAdam's running product
+    extra: Tensor  # shape: (n,) float64; NAdam's running product; 1 where SGD's buffer has begun
 
     @property
     def nbytes(self) -> int:
@@ -110,4 +117,4 @@ class Snapshot:
     def to(self, device: torch.device) -> Snapshot:
         """The same snapshot on a device."""
         buffers = {name: buffer.to(device) for name, buffer in self.buffers.items()}
-        return Snapshot(self.step, self.state.to(device), buffers, self.counts, self.products)
+        return Snapshot(self.step, self.state.to(device), buffers, self.counts, self.extra)

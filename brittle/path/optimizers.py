@@ -71,20 +71,23 @@ def kind_of(optimizer: torch.optim.Optimizer) -> str:
 
 def step_rule(recipe: Recipe, moments: Moments) -> StepRule:
     """The coefficients of a step. moments: what the optimizer holds *after* it."""
-    clip = recipe.where_held(recipe.sign * recipe.factors, rest=1.0)
+    sign = torch.ones_like(recipe.sign) if recipe.optimizer == OBSERVED else recipe.sign
+    clip = recipe.where_held(sign * recipe.factors, rest=1.0)
     return replace(_RULES[recipe.optimizer](recipe, moments), clip=clip)
 
 
 def _sgd(r: Recipe, _: Moments) -> StepRule:
+    """Without momentum the buffer rests; in its first step torch leaves dampening out."""
     momentum, nesterov = r.of("momentum"), r.flag("nesterov")
-    begun = (r.counts > 0) & (momentum != 0)
+    with_buffer, begun = momentum != 0, r.extra > 0
+    gain = torch.where(begun, 1 - r.of("dampening"), 1.0)
     return StepRule(
         clip=1.0,
-        gain=r.where_held(torch.where(begun, 1 - r.of("dampening"), 1.0), rest=0.0),
-        beta=r.where_held(momentum, rest=1.0),
+        gain=r.where_held(torch.where(with_buffer, gain, 0.0), rest=0.0),
+        beta=r.where_held(torch.where(with_buffer, momentum, 1.0), rest=1.0),
         scale=r.over(r.rate, rest=0.0),
-        direct=r.where_held(nesterov.double(), rest=0.0),
-        held=r.where_held(torch.where(nesterov, momentum, 1.0), rest=1.0),
+        direct=r.where_held((nesterov | ~with_buffer).double(), rest=0.0),
+        held=r.where_held(torch.where(nesterov | ~with_buffer, momentum, 1.0), rest=1.0),
         l2=r.where_held(r.of("weight_decay"), rest=0.0),
         decoupled=0.0,
     )

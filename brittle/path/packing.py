@@ -30,7 +30,8 @@ def packed_steps(steps: Sequence[Step]) -> tuple[Arrays, dict[str, str]]:
         "lr": real([lr for s in steps for lr in s.lr]),
         "counts": torch.stack([s.counts for s in steps]),
         "factors": torch.stack([s.factors for s in steps]),
-        "bound": real([s.bound for s in steps]),
+        "bounds": torch.stack([s.bounds for s in steps]),
+        "length": real([s.length for s in steps]),
         "extra": torch.stack([s.extra for s in steps]),
         "averaged": real([s.averaged for s in steps]),
         "ids": torch.cat([b.ids.reshape(-1) for b in batches]),
@@ -54,7 +55,7 @@ def unpacked_steps(arrays: Arrays, notes: Mapping[str, str]) -> list[Step]:
     changes = {k: _manner(v) for k, v in json.loads(notes["manner"])}
     counts, groups = arrays["batches"].tolist(), arrays["groups"].tolist()
     ends, rates = [0, *accumulate(counts)], [0, *accumulate(groups)]
-    lr, bound, averaged = (arrays[name].tolist() for name in ("lr", "bound", "averaged"))
+    lr, length, averaged = (arrays[name].tolist() for name in ("lr", "length", "averaged"))
     steps, manner = [], changes[0]
     for k in range(len(counts)):
         manner = changes.get(k, manner)
@@ -65,8 +66,9 @@ def unpacked_steps(arrays: Arrays, notes: Mapping[str, str]) -> list[Step]:
                 manner=manner,
                 counts=arrays["counts"][k],
                 factors=arrays["factors"][k],
-                bound=bound[k],
+                bounds=arrays["bounds"][k],
                 extra=arrays["extra"][k],
+                length=length[k],
                 averaged=averaged[k],
                 statistics=arrays.get(f"statistics.{k}"),
             )
@@ -80,7 +82,7 @@ def packed_states(snapshots: Sequence[Snapshot]) -> Arrays:
         "at": torch.tensor([s.step for s in snapshots], dtype=torch.int64),
         "state": torch.stack([s.state for s in snapshots]),
         "counts": torch.stack([s.counts for s in snapshots]),
-        "products": torch.stack([s.products for s in snapshots]),
+        "extra": torch.stack([s.extra for s in snapshots]),
     }
     for k, snapshot in enumerate(snapshots):
         arrays |= {f"{name}.{k}": buffer for name, buffer in snapshot.buffers.items()}
@@ -93,7 +95,7 @@ def unpacked_states(arrays: Arrays) -> list[Snapshot]:
     for k, step in enumerate(arrays["at"].tolist()):
         own = [name for name in arrays if name.endswith(f".{k}")]
         buffers = {name.rpartition(".")[0]: arrays[name] for name in own}
-        found.append(Snapshot(step, arrays["state"][k], buffers, arrays["counts"][k], arrays["products"][k]))
+        found.append(Snapshot(step, arrays["state"][k], buffers, arrays["counts"][k], arrays["extra"][k]))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -65,25 +66,27 @@ def matched(
 ) -> list[tuple[Batch, ForwardPass | None]]:
     """The batches of one step, with the forward pass of each. trained: the tensors whose gradients count.
 
-    A call belongs to the last backward pass before it that no call has, else to the last one before the next call:
-    so `batch()` may stand before or behind the pass, and an attack's own backward passes are left out.
-    Raises `DataError` where a live pass has no ids.
+    Either every call stands before its pass, or every call behind it; it is the one that gives each live pass one
+    call. The passes of an attack, and of steps that were skipped, are not alive.
+    Raises `DataError` where neither does.
     """
-    pairs, claimed = [], -1
-    for k, call in enumerate(calls):
-        following = calls[k + 1].at if k + 1 < len(calls) else len(passes)
-        mine = call.at - 1 if call.at - 1 > claimed else following - 1
-        if mine > claimed:
-            pairs.append((call, passes[mine]))
-            claimed = mine
-    living = {id(one) for one in alive}
-    pairs = [(call, one) for call, one in pairs if id(one) in living]
-    if len(pairs) < max(len(alive), 1):
+    if passes and not alive:
         raise DataError(
-            "call recorder.batch(ids) once for every backward pass before optimizer.step(), found "
-            f"{len(pairs)} for {len(alive)} passes whose gradients this step takes"
+            "each step must begin without gradients, found those of the step before; call optimizer.zero_grad() before "
+            "the backward pass"
         )
-    return [(_batch(call, one, trained), one.forward) for call, one in pairs]
+    places = [next(k for k, one in enumerate(passes) if one is living) for living in alive]
+    cuts = [call.at for call in calls]
+    before, behind = pairwise([*cuts, len(passes)]), pairwise([0, *cuts])
+    for windows in (before, behind):
+        taken = [[k for k in places if start <= k < stop][-1:] for start, stop in windows]
+        if [k for found in taken for k in found] == places and places:
+            pairs = [(call, passes[found[0]]) for call, found in zip(calls, taken, strict=True) if found]
+            return [(_batch(call, one, trained), one.forward) for call, one in pairs]
+    raise DataError(
+        "call recorder.batch(ids) once for every backward pass before optimizer.step(), found "
+        f"{len(calls)} calls for {len(alive)} passes whose gradients this step takes"
+    )
 
 
 def _batch(call: Call, one: BackwardPass, trained: Collection[str]) -> Batch:

@@ -18,7 +18,7 @@ class Recipe:
 
     owner: the parameter group that moves each tensor, -1 for none; counts: its updates before this step, -1 where
     it rests in this step; factors: what happened to its gradient between backward and step; extra: NAdam's
-    `mu_product` after the step, or the projected scale of an observed optimizer.
+    `mu_product` after the step, 1 where SGD's buffer had begun, or the projected scale of an observed optimizer.
     """
 
     optimizer: str

@@ -36,7 +36,7 @@ from brittle.path.forwards import ForwardWatch, resting
 from brittle.path.observed import Manner, Snapshot, Step
 from brittle.path.passes import Call, checked_call, matched
 from brittle.path.spending import Spending
-from brittle.path.taking_up import cut
+from brittle.path.taking_up import cut, state_at
 from brittle.path.training import bare, check_training, counts_batches
 from brittle.path.watch import GradientWatch
 
@@ -96,7 +96,7 @@ class Recorder:
         self._pending, self._written, self._since = 0, 0, time.monotonic()  # bytes in memory, bytes on disk
         self._statistics = statistics_of(self._model).cpu()
         self._resume(resume)
-        self._watch = GradientWatch(self._parameters, lambda: self._forwards.last)
+        self._watch = GradientWatch(self._parameters, lambda: self._forwards.last, lambda: self._spending.trained)
         self._forwards = ForwardWatch(self._model, self._watch.follow)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -137,8 +137,13 @@ class Recorder:
         Where weights are averaged, call it after the average has been updated.
         """
         self._look_at_average()
+        self._remember()
+        self._write()
+        return self.steps
+
+    def _write(self) -> None:
         if self._snapshots:
-            store.write_states(self.root, self._snapshots)
+            store.write_states(self.root, self._snapshots, self.every)
         if self._steps:
             store.write_steps(self.root, self.steps - len(self._steps), self._steps)
         self._written, self._pending = self._written + sum(s.nbytes for s in self._snapshots), 0
@@ -147,7 +152,6 @@ class Recorder:
             self.every *= 2
             self._written = store.thin_states(self.root, self.every)
             self._marks = [mark for mark in self._marks if mark % self.every == 0]
-        return self.steps
 
     def close(self) -> None:
         """Store the final weights and finish the path. Call it once, after the last step."""
@@ -157,11 +161,13 @@ class Recorder:
         if self.steps == 0:
             raise DataError("a path needs at least one optimizer.step() between Recorder(...) and close(), found none")
         self._look_at_average()
-        self.flush()
-        store.write_states(self.root, [self._snapshot()])
+        self._write()
+        if self._marks[-1:] != [self.steps]:
+            self._marks.append(self.steps)
+            store.write_states(self.root, [self._snapshot()], self.every)
         if self._average is not None:
             store.write_average(self.root, state_of(self._average.model).cpu())
-        store.write_end(self.root, self.steps, [*self._marks, self.steps])
+        store.write_end(self.root, self.steps, self._marks)
 
     def __enter__(self) -> Recorder:
         return self
@@ -187,10 +193,7 @@ class Recorder:
             store.clear(self.root)
             store.write_header(self.root, self._slots, spending.kind, spending.name, spending.warnings)
             return
-        there, self._marks, self._written = cut(self.root, at, self._slots, spending.kind)
-        self.steps = at
-        widest = max((b - a for a, b in pairwise(self._marks)), default=1)
-        self.every = 1 << (widest.bit_length() - 1)
+        there = state_at(self.root, at, self._slots, spending.kind)
         if there is not None and not torch.equal(there.state, self._snapshot().state):
             raise PathMismatchError(
                 f"resume={at} must find the model as it was after {at} steps, its weights differ from those recorded; "
@@ -198,6 +201,10 @@ class Recorder:
             )
         if there is not None:
             spending.restore(there.buffers)
+        self._marks, self._written = cut(self.root, at)
+        self.steps = at
+        widest = max((b - a for a, b in pairwise(self._marks)), default=1)
+        self.every = 1 << (widest.bit_length() - 1)
         self._remember()
 
     def _before_step(
@@ -225,19 +232,19 @@ class Recorder:
         self._look_at_average()
         full = self._pending >= min(BLOCK_BYTES, self.budget / BLOCKS_IN_BUDGET)
         if full or time.monotonic() - self._since > BLOCK_SECONDS:
-            self.flush()
+            self._write()
         spending, watch = self._spending, self._watch
         found = matched(self._calls, watch.passes, watch.alive(), spending.trained)
         if self.steps % self.every == 0:
             self._remember()
-        factors, bound = watch.factors()
-        counts, scales = spending.begin(factors)
+        changes = watch.changes()
+        counts, factors, bounds = spending.begin(changes)
         last = found[-1][1]
         at_rest = last.resting if last else resting(self._model)
         manner = Manner(spending.owner(), spending.settings(), at_rest)
         nothing = torch.zeros(len(self._slots), dtype=torch.float64)
         batches = tuple(batch for batch, _ in found)
-        self._open = Step(batches, spending.lr(), manner, counts, scales, bound, nothing)
+        self._open = Step(batches, spending.lr(), manner, counts, factors, bounds, nothing, changes.length)
 
     def _after_step(self, *_: Any) -> None:
         if self._open is None:
@@ -256,8 +263,14 @@ class Recorder:
     def _look_at_average(self) -> None:
         """Note how the average moved since the last step."""
         share = self._average.share() if self._average is not None else 0.0
-        if share and self._steps:
-            self._steps[-1] = replace(self._steps[-1], averaged=share)
+        if not share:
+            return
+        if not self._steps:
+            raise DataError(
+                "flush() must be called after the averaged weights have been updated for the step, found them updated "
+                "later; move the call of flush() behind the update"
+            )
+        self._steps[-1] = replace(self._steps[-1], averaged=share)
 
     def _remember(self) -> None:
         """Keep the present state."""
@@ -273,4 +286,4 @@ class Recorder:
                 f"weights must be finite, found NaN or infinity before step {self.steps}; the training diverged"
             )
         held = self._spending
-        return Snapshot(self.steps, state, held.buffers(), held.updates, held.products())
+        return Snapshot(self.steps, state, held.buffers(), held.updates, held.extra())

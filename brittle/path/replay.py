@@ -27,7 +27,7 @@ from brittle.path.rerun import batch_gradient
 from brittle.path.resume import Resumed
 from brittle.path.rules import scaled
 from brittle.path.store import PathReader
-from brittle.path.walked import Interval, WalkedStep, share_of
+from brittle.path.walked import NEAR, Interval, WalkedStep, share_of
 from brittle.subject import Subject
 
 DRIFT_LIMIT = 0.01
@@ -88,7 +88,7 @@ def retrace(
     for index in range(before.step, after.step):
         seen, recipe, state = path.step(index), path.recipe(index).to(flat.state.device), flat.state.clone()
         total = step_gradient(subject, flat, seen, moves_of(recipe))  # the loss moves the running statistics
-        optimizer.spend(seen, clipped(recipe, seen, total))
+        optimizer.spend(seen, clipped(known(recipe, seen, total), seen, total))
         if seen.statistics is not None:
             flat.state[flat.parameters :] = seen.statistics.to(flat.state)
         steps.append(_walked(path, subject, flat, index, state, optimizer.moments(), total))
@@ -107,9 +107,28 @@ def step_gradient(subject: Subject, flat: FlatModel, seen: Step, moves: Tensor |
 
 
 def clipped(recipe: Recipe, seen: Step, total: Tensor) -> Tensor:
-    """A step's gradient (P,) as the optimizer got it."""
+    """A step's gradient (P,) as the optimizer got it: clamp(c g, -v, v)."""
     spent = scaled(recipe.where_held(recipe.factors, rest=1.0), total)
-    return spent if seen.bound == math.inf else spent.clamp(-seen.bound, seen.bound)
+    if not seen.cut:
+        return spent
+    bound = torch.as_tensor(recipe.over(seen.bounds, rest=math.inf)).to(spent)
+    return torch.minimum(torch.maximum(spent, -bound), bound)
+
+
+def known(recipe: Recipe, seen: Step, total: Tensor) -> Recipe:
+    """The recipe with its factor c, where clipping by value hid it: |clamp(c g, -v, v)| grows with c, so bisect.
+
+    Put to a power of two where it lies beside one, as a gradient scaler's does.
+    """
+    if not seen.length:
+        return recipe
+    at = lambda c: replace(recipe, factors=torch.full_like(recipe.factors, c))  # noqa: E731
+    low, high = -60.0, 60.0  # in powers of two
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        long = clipped(at(2.0**middle), seen, total).double().norm().item() > seen.length
+        low, high = (low, middle) if long else (middle, high)
+    return at(2.0 ** (round(high) if abs(high - round(high)) < NEAR[0] else high))
 
 
 def moves_of(recipe: Recipe) -> Tensor | None:
@@ -152,12 +171,14 @@ def _walked(
     """A step with its rule. total: its gradient, where it is known; only clipping by value asks for it."""
     seen, recipe = path.step(index), path.recipe(index).to(flat.state.device)
     moves, rule = moves_of(recipe), step_rule(recipe, moments)
-    if seen.bound < math.inf:
+    if seen.cut:
         if total is None:
             flat.load(state)
             total = step_gradient(subject, flat, seen, moves)
+        recipe = known(recipe, seen, total)
         cut = torch.where(total == 0, 1.0, clipped(recipe, seen, total) / torch.where(total == 0, 1.0, total))
-        rule = replace(rule, clip=recipe.where_held(recipe.sign, rest=1.0) * cut)
+        sign = 1.0 if path.optimizer == OBSERVED else recipe.where_held(recipe.sign, rest=1.0)
+        rule = replace(rule, clip=sign * cut)
     return WalkedStep(index, state, seen, rule, moves)
 
 

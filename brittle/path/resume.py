@@ -25,7 +25,8 @@ class Resumed:
         self._optimizer: Optimizer = getattr(torch.optim, kind)(groups, lr=1e-3)
         settings = {slot.name: first.manner.settings[k] for slot, k in zip(flat.slots, first.manner.owner, strict=True)}
         for k, slot in enumerate(flat.slots):
-            if slot.buffer or not (before.counts[k] or kind == "Adagrad"):
+            begun = before.extra[k] if kind == "SGD" else before.counts[k]
+            if slot.buffer or not (begun or kind == "Adagrad"):
                 continue  # until its first update nothing is held
             parameter = self._parameters[slot.name]
             held = {
@@ -36,7 +37,7 @@ class Resumed:
                 exact = torch.float32 if settings[slot.name].get("fused") else torch.get_default_dtype()
                 held["step"] = torch.tensor(float(before.counts[k]), dtype=exact)
             if kind == "NAdam":
-                held[MULTIPLIED] = torch.tensor(before.products[k].item())
+                held[MULTIPLIED] = torch.tensor(before.extra[k].item())
             self._optimizer.state[parameter] = held
 
     def spend(self, seen: Step, gradient: Tensor) -> None:

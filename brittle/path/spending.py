@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 from brittle.errors import UnsupportedError
 from brittle.path.flat import Slot
 from brittle.path.optimizers import MULTIPLIED, OBSERVED, kind_of
+from brittle.path.watch import Changes
 
 NOT_SETTINGS = ("params", "lr", "initial_lr", "param_names")
-PLAIN = (bool, int, float, type(None))
 
 
 class Spending:
@@ -30,7 +31,7 @@ class Spending:
         self.kind, self.name = kind_of(optimizer), type(optimizer).__name__
         self.updates = torch.tensor([self._updates(slot) for slot in slots])
         self.warnings = self._warnings()
-        self._active = torch.zeros(len(slots), dtype=torch.bool)
+        self._active, self._begun = torch.zeros(len(slots), dtype=torch.bool), self.extra()
         self._before: dict[str, Tensor] = {}
         self._traces: dict[str, Tensor] = {}
         self.owner()  # refuses at the door what it would refuse at the first step
@@ -70,26 +71,34 @@ class Spending:
         found = getattr(self._optimizer, "found_inf", None)
         return found is not None and bool(found > 0)
 
-    def begin(self, factors: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-        """Before the step: its counts and factors by tensor, both (n,). factors: of tensors that have a gradient."""
+    def begin(self, changes: Changes) -> tuple[Tensor, Tensor, Tensor]:
+        """Before the step: its counts, factors and bounds by tensor, each (n,)."""
+        factors, bounds = changes.factors, [changes.bounds.get(slot.name, math.inf) for slot in self._slots]
         moved = [slot.name in factors and owner >= 0 for slot, owner in zip(self._slots, self.owner(), strict=True)]
         self._active = torch.tensor(moved)
         scale = getattr(self._optimizer, "grad_scale", None)
         unscaled = 1.0 if scale is None else 1 / float(scale)  # a fused optimizer divides inside its step
+        self._begun = self.extra()
         if self.kind == OBSERVED:
             self._trace(factors)
-        found = [factors.get(slot.name, 1.0) * unscaled for slot in self._slots]
-        return torch.where(self._active, self.updates, -1), torch.tensor(found, dtype=torch.float64)
+        found = [factors.get(slot.name, 1.0) for slot in self._slots]
+        real = lambda values: torch.tensor(values, dtype=torch.float64) * unscaled  # noqa: E731
+        return torch.where(self._active, self.updates, -1), real(found), real(bounds)
 
     def end(self) -> Tensor:
-        """After the step: NAdam's product, or the projection of each displacement on the traced gradients. (n,)."""
+        """After the step: what its recipe needs besides, (n,); see `recipe.Recipe`."""
         self.updates = self.updates + self._active.long()
-        return self._projections() if self.kind == OBSERVED else self.products()
+        if self.kind == OBSERVED:
+            return self._projections()
+        return self._begun if self.kind == "SGD" else self.extra()
 
-    def products(self) -> Tensor:
-        """NAdam's running product for each tensor, 1 where it has not begun. (n,)."""
-        held = [self._held(slot).get(MULTIPLIED, 1.0) for slot in self._slots]
-        return torch.tensor([float(p) for p in held], dtype=torch.float64)
+    def extra(self) -> Tensor:
+        """NAdam's running product, 1 where it has not begun; for SGD whether the buffer has begun. (n,)."""
+        if self.kind == "SGD":
+            held = [float(self._held(slot).get("momentum_buffer") is not None) for slot in self._slots]
+        else:
+            held = [float(self._held(slot).get(MULTIPLIED, 1.0)) for slot in self._slots]
+        return torch.tensor(held, dtype=torch.float64)
 
     def buffers(self) -> dict[str, Tensor]:
         """What the optimizer holds over all parameters, 0 where it has not begun; each (parameters,)."""
@@ -170,8 +179,9 @@ class Spending:
 
 
 def _is_plain(value: Any) -> bool:
-    sequence = isinstance(value, (tuple, list)) and all(isinstance(v, (int, float)) for v in value)
-    return isinstance(value, PLAIN) or sequence or (isinstance(value, Tensor) and value.numel() == 1)
+    number = lambda v: isinstance(v, (int, float)) or (isinstance(v, Tensor) and v.numel() == 1)  # noqa: E731
+    sequence = isinstance(value, (tuple, list)) and all(map(number, value))
+    return value is None or number(value) or sequence
 
 
 def _plain(value: Any) -> Any:

@@ -2,12 +2,13 @@
 
     path.json                    the architecture and the optimizer
     steps/00000000.safetensors   a block of steps: examples, learning rates, settings, ...; written once
-    states/00000000.safetensors  the states (and what the optimizer holds) before some steps; thinned to the budget
+    states/00000000-1.safetensors  the states (and what the optimizer holds) before some steps, every so many of them
     average.safetensors          the averaged weights (EMA, SWA), where they are the audited model
     end.json                     the number of steps and the states that there must be; absent while training runs
 
-A crash loses the block that was being filled and nothing else: steps are never rewritten, and a state that goes
-with a crash while states are thinned is replayed. Loading costs one block of memory at a time.
+A crash loses the block that was being filled and nothing else: no file is ever written over. States are thinned to
+the budget by writing those that stay under a new name before the old file goes; where both are there, they hold the
+same. Loading costs one block of memory at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import bisect
 import json
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,25 +53,22 @@ def write_steps(root: Path, first: int, steps: Sequence[Step]) -> None:
     write_arrays(root / "steps" / f"{first:08d}.safetensors", arrays, notes)
 
 
-def write_states(root: Path, snapshots: Sequence[Snapshot]) -> None:
-    """Write states, named by the first."""
-    write_arrays(root / "states" / f"{snapshots[0].step:08d}.safetensors", packed_states(snapshots))
+def write_states(root: Path, snapshots: Sequence[Snapshot], every: int) -> None:
+    """Write states, named by the first and by how densely they lie."""
+    name = f"{snapshots[0].step:08d}-{every}.safetensors"
+    write_arrays(root / "states" / name, packed_states(snapshots))
 
 
 def thin_states(root: Path, every: int) -> int:
-    """Keep the first state and those before steps that are multiples of `every`; returns the bytes that are left."""
+    """Keep the states before steps that are multiples of `every`; returns the bytes that are left."""
     left = 0
     for file in files_of(root, "states"):
         found = unpacked_states(read_arrays(file))
         keep = [s for s in found if s.step % every == 0]
-        if not keep:
+        if keep and len(keep) < len(found):
+            write_states(root, keep, every)
+        if len(keep) < len(found):
             delete(file)
-        elif len(keep) < len(found):
-            if keep[0].step != found[0].step:
-                write_states(root, keep)
-                delete(file)
-            else:
-                write_arrays(file, packed_states(keep))
         left += sum(s.nbytes for s in keep)
     return left
 
@@ -123,7 +122,9 @@ class PathReader:
         self.largest_id, self.visits = -1, 0
         self.autocast, self.averaging = False, torch.zeros(self.steps, dtype=torch.float64)
         self._firsts = self._read_steps()
-        self.marks = self._read_marks(end["marks"])
+        self._homes = self._find_states()
+        self.marks = sorted(self._homes)
+        self._check_marks(end["marks"])
 
     @cached_property
     def average(self) -> Tensor | None:
@@ -145,8 +146,7 @@ class PathReader:
 
     def snapshot(self, step: int) -> Snapshot:
         """The stored state before a step of `marks`."""
-        first = self._state_files[bisect.bisect_right(self._state_files, step) - 1]
-        return next(s for s in self._states(first) if s.step == step)
+        return next(s for s in self._states(self._homes[step]) if s.step == step)
 
     def step(self, step: int) -> Step:
         """What was observed of a step."""
@@ -164,9 +164,10 @@ class PathReader:
 
     def _read_steps(self) -> list[int]:
         """Look once at every block of steps: they must follow each other without a gap."""
-        firsts, reached = [], 0
-        for file in files_of(self.root, "steps"):
-            first, steps = int(file.stem), self._block(int(file.stem))
+        firsts = [first_of(file) for file in files_of(self.root, "steps")]
+        reached = 0
+        for first, following in pairwise([*firsts, self.steps]):
+            steps = self._block(first)[: following - first]
             if first != reached:
                 raise DamagedFileError(
                     f"{self.root}/steps lacks the steps from {reached} to {first}; record the training again"
@@ -175,9 +176,7 @@ class PathReader:
                 self.visits += step.examples
                 self.largest_id = max(self.largest_id, *(int(batch.ids.max()) for batch in step.batches))
                 self.autocast |= any(batch.autocast for batch in step.batches)
-                if k < self.steps:
-                    self.averaging[k] = step.averaged
-            firsts.append(first)
+                self.averaging[k] = step.averaged
             reached = first + len(steps)
         if reached != self.steps:
             raise DamagedFileError(
@@ -185,27 +184,29 @@ class PathReader:
             )
         return firsts
 
-    def _read_marks(self, expected: Sequence[int]) -> list[int]:
-        self._state_files, marks = [], []
+    def _find_states(self) -> dict[int, Path]:
+        """The file of every stored state."""
+        homes: dict[int, Path] = {}
         for file in files_of(self.root, "states"):
-            found = self._states(int(file.stem))
-            self._state_files.append(int(file.stem))
-            marks += [s.step for s in found]
+            found = self._states(file)
+            homes |= {s.step: file for s in found if s.step <= self.steps}
             self.dtype = found[0].state.dtype
-        lost = sorted(set(expected) - set(marks))
-        if lost or marks[:1] != [0] or marks[-1] != self.steps:
+        return homes
+
+    def _check_marks(self, expected: Sequence[int]) -> None:
+        lost = sorted({0, *expected, self.steps} - set(self.marks))
+        if lost:
             raise DamagedFileError(
-                f"{self.root}/states must hold the states that were recorded, the one before step {(lost or [0])[0]} "
-                "is missing; copy the whole folder, or record the training again"
+                f"{self.root}/states must hold the states that were recorded, the one before step {lost[0]} is "
+                "missing; copy the whole folder, or record the training again"
             )
-        return sorted(marks)
 
     def _read_block(self, first: int) -> list[Step]:
         file = self.root / "steps" / f"{first:08d}.safetensors"
         return unpacked_steps(read_arrays(file), read_notes(file))
 
-    def _read_states(self, first: int) -> list[Snapshot]:
-        return unpacked_states(read_arrays(self.root / "states" / f"{first:08d}.safetensors"))
+    def _read_states(self, file: Path) -> list[Snapshot]:
+        return unpacked_states(read_arrays(file))
 
 
 def read_header(root: Path) -> dict[str, Any]:
@@ -219,6 +220,11 @@ def read_header(root: Path) -> dict[str, Any]:
             f"the path in {root} has format {header['format']}, this version reads {FORMAT}; record it again"
         )
     return header
+
+
+def first_of(file: Path) -> int:
+    """The first step of a file."""
+    return int(file.stem.partition("-")[0])
 
 
 def files_of(root: Path, folder: str) -> list[Path]:

@@ -1,4 +1,7 @@
-"""An interrupted recording taken up again: what lies behind the checkpoint is cut off, the rest is kept."""
+"""An interrupted recording taken up again: what lies behind the checkpoint is dropped, the rest is kept.
+
+Nothing that is kept is written anew: the reader takes of a block of steps only those before the next block.
+"""
 
 from __future__ import annotations
 
@@ -9,60 +12,48 @@ from brittle.errors import PathMismatchError
 from brittle.path.flat import Slot
 from brittle.path.observed import Snapshot
 from brittle.path.packing import unpacked_states, unpacked_steps
-from brittle.path.store import delete, files_of, read_header, write_states, write_steps
+from brittle.path.store import delete, files_of, first_of, read_header
 from brittle.shards import read_arrays, read_notes, whole
 
 
-def cut(root: Path, at: int, slots: Sequence[Slot], optimizer: str) -> tuple[Snapshot | None, list[int], int]:
-    """Take up an unfinished path again after its first `at` steps: what lies behind them is deleted.
+def state_at(root: Path, at: int, slots: Sequence[Slot], optimizer: str) -> Snapshot | None:
+    """The state that is stored before step `at` of an unfinished path, if there is one. Changes nothing.
 
-    Returns the state at `at` if it is stored, the steps before `at` that have one, and the bytes these states take.
-    Raises `PathMismatchError` where the path is another model's or does not reach so far.
+    Raises `PathMismatchError` where the path is another model's, or does not reach so far.
     """
     header = read_header(root)
-    if (_plain(slots), optimizer) != ([(n, tuple(s), b) for n, s, b in header["slots"]], header["optimizer"]):
+    mine = [[s.name, list(s.shape), s.buffer] for s in slots]
+    if (mine, optimizer) != (header["slots"], header["optimizer"]):
         raise PathMismatchError(
             f"resume={at} must go on with the model and the optimizer of the path in {root}, found others; name "
             "another folder, or load what this path was begun with"
         )
-    reached = _cut_steps(root, at)
-    if reached < at:
+    reached = 0
+    for file in files_of(root, "steps"):
+        if whole(file) and first_of(file) <= reached:
+            reached = first_of(file) + len(unpacked_steps(read_arrays(file), read_notes(file)))
+    if not 0 <= at <= reached:
         raise PathMismatchError(
             f"resume={at} must lie on the recorded path, {root} holds {reached} whole steps; resume from a checkpoint "
             "that was saved before that (recorder.flush() returns the steps that are safe), or train anew"
         )
-    return _cut_states(root, at)
+    return next((s for file in files_of(root, "states") for s in _states(file) if s.step == at), None)
 
 
-def _cut_steps(root: Path, at: int) -> int:
-    """Keep the whole blocks up to step `at`; returns the number of steps that are left."""
-    reached = 0
-    for file in files_of(root, "steps"):
-        if not whole(file) or int(file.stem) != reached or reached >= at:
+def cut(root: Path, at: int) -> tuple[list[int], int]:
+    """Drop what lies behind the first `at` steps. Returns the steps that have a state, and the bytes these take."""
+    for file in reversed(files_of(root, "steps")):
+        if first_of(file) >= at or not whole(file):
             delete(file)
-            continue
-        steps = unpacked_steps(read_arrays(file), read_notes(file))[: at - reached]
-        write_steps(root, reached, steps)
-        reached += len(steps)
-    return reached
-
-
-def _cut_states(root: Path, at: int) -> tuple[Snapshot | None, list[int], int]:
-    there: Snapshot | None = None
-    marks: list[int] = []
-    size = 0
-    for file in files_of(root, "states"):
-        found = unpacked_states(read_arrays(file)) if whole(file) else []
-        there = next((s for s in found if s.step == at), there)
-        keep = [s for s in found if s.step < at]
-        marks += [s.step for s in keep]
-        size += sum(s.nbytes for s in keep)
-        if not keep:
+    kept: dict[int, int] = {}
+    for file in reversed(files_of(root, "states")):
+        states = _states(file)
+        if not states or states[0].step >= at:
             delete(file)
-        elif len(keep) < len(found):
-            write_states(root, keep)
-    return there, marks, size
+        else:
+            kept |= {s.step: s.nbytes for s in states if s.step < at}
+    return sorted(kept), sum(kept.values())
 
 
-def _plain(slots: Sequence[Slot]) -> list[tuple[str, tuple[int, ...], bool]]:
-    return [(s.name, tuple(s.shape), s.buffer) for s in slots]
+def _states(file: Path) -> list[Snapshot]:
+    return unpacked_states(read_arrays(file)) if whole(file) else []

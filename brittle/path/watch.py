@@ -8,7 +8,7 @@ Anything else (noise, gradients written by hand) is no such rule, and is refused
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -44,16 +44,33 @@ class BackwardPass:
         return torch.stack(parts).double().square().sum().sqrt().item() if parts else 0.0
 
 
+@dataclass(frozen=True)
+class Changes:
+    """What happened to gradients by name: g' = clamp(c g, -v, v), factors c and bounds v of those that were cut.
+
+    length: the Euclidean norm of all g' where every tensor was cut, so that their common c is not seen; else 0.
+    """
+
+    factors: Mapping[str, float]
+    bounds: Mapping[str, float]
+    length: float = 0.0
+
+
 class GradientWatch:
     """Notes the gradients of named parameters as backward delivers them.
 
-    `passes` are the backward passes whose gradients are alive: one that finds no gradients has had those before
-    it thrown away (a skipped step). latest: says which forward pass came last.
+    `passes` are the backward passes since `forget`; one that finds no gradients has had those before it thrown away
+    (a skipped step). latest: says which forward pass came last; trained: which tensors the optimizer moves.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], latest: Callable[[], ForwardPass | None]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        latest: Callable[[], ForwardPass | None],
+        trained: Callable[[], Collection[str]],
+    ) -> None:
         self.passes: list[BackwardPass] = []
-        self._parameters, self._latest = parameters, latest
+        self._parameters, self._latest, self._trained = parameters, latest, trained
         self._raw: dict[str, Tensor] = {}
         self._kept: dict[str, bool] = {}
         self._hooks: dict[str, list[RemovableHandle]] = {}
@@ -61,6 +78,7 @@ class GradientWatch:
 
     def follow(self) -> None:
         """Watch what is trained by now: parameters may be frozen and unfrozen."""
+        self._counting = self._trained()
         for name, p in self._parameters.items():
             if p.requires_grad and name not in self._hooks:
                 after = p.register_post_accumulate_grad_hook(self._add(name))
@@ -76,22 +94,22 @@ class GradientWatch:
         self.passes.clear()
         self._raw.clear()
 
-    def factors(self) -> tuple[dict[str, float], float]:
-        """The factor c of every tensor that has a gradient, and the bound v (infinite without clipping by value).
+    def changes(self) -> Changes:
+        """What happened to the gradients of the trained tensors that have one.
 
         Raises:
             UnsupportedError: where a gradient is sparse, or was changed in another way.
             NotFiniteError: where a gradient is not finite.
         """
-        names = [name for name, p in self._parameters.items() if self._given(name, p) is not None]
+        trained = self._trained()
+        names = [n for n, p in self._parameters.items() if n in trained and _dense(n, p) is not None]
         if not names:
-            return {}, float("inf")
+            return Changes({}, {})
         given = torch.stack([_norms(self._parameters[n].grad) for n in names]).double().cpu()  # shape: (n, 2)
         raw = torch.stack([self._raw.get(n, torch.zeros(2, device=given.device)).cpu() for n in names]).double()
         if not (raw.isfinite().all() and given.isfinite().all()):
             raise NotFiniteError("gradients must be finite, found NaN or infinity; the training diverged")
-        found, bound = _explained(raw, given)
-        return dict(zip(names, found.tolist(), strict=True)), bound
+        return _explained(names, raw, given)
 
     def close(self) -> None:
         """Stop watching."""
@@ -107,7 +125,7 @@ class GradientWatch:
             if not self.passes or name in self.passes[-1].norms or self.passes[-1].forward is not forward:
                 self.passes.append(BackwardPass(forward))
             self._kept[name] = parameter.grad is not None and bool(parameter.grad.any())
-            self.passes[-1].fresh &= not self._kept[name]
+            self.passes[-1].fresh &= not (self._kept[name] and name in self._counting)
             self.passes[-1].norms[name] = _norms(gradient)
 
         return note
@@ -119,34 +137,34 @@ class GradientWatch:
 
         return add
 
-    def _given(self, name: str, parameter: nn.Parameter) -> Tensor | None:
-        if parameter.grad is not None and parameter.grad.is_sparse:
-            raise UnsupportedError(f"sparse gradients cannot be accounted for, found one in {name}; use sparse=False")
-        return parameter.grad
 
-
-def _explained(raw: Tensor, given: Tensor) -> tuple[Tensor, float]:
-    """One factor a tensor (n,), and the bound of clipping by value. raw, given: (n, 2), two norms of each."""
+def _explained(names: Sequence[str], raw: Tensor, given: Tensor) -> Changes:
+    """One factor a tensor, and the bound of those that were clipped by value. raw, given: (n, 2), two norms of each."""
     counts = (raw[:, 0] > NEGLIGIBLE * raw[:, 0].max()) & (given[:, 0] > 0)
     if bool((~counts & (given[:, 0] > given[:, 0].max() * NEGLIGIBLE * 100)).any()):
         raise UnsupportedError(OTHERWISE)
     size, peak = (given / raw.clamp_min(1e-300)).unbind(1)
-    scaled = ((size - peak).abs() <= TOLERANCE * peak) | ~counts
-    factors = torch.where(counts, size, 1.0)
-    common = factors[counts & scaled].median().item() if bool((counts & scaled).any()) else 1.0
-    bound = float("inf")
-    if not scaled.all():
-        bound = given[~scaled, 1].max().item()
-        cut = given[:, 1] >= bound * (1 - TOLERANCE)
-        if bool((~scaled & ~cut).any()):
-            raise UnsupportedError(OTHERWISE)
-        uncut = factors[counts & scaled & ~cut]
-        common = uncut.median().item() if len(uncut) else 1.0
-        factors[cut] = common
-    near = (factors - common).abs() <= TOLERANCE * common
-    factors[near | ~counts] = common
+    cut = ((size - peak).abs() > TOLERANCE * peak) & counts
+    whole = counts & ~cut
+    common = size[whole].median().item() if bool(whole.any()) else 1.0
+    factors = torch.where(whole & ((size - common).abs() > TOLERANCE * common), size, common)
     factors[(factors - 1).abs() < 1e-6] = 1.0
-    return factors, bound
+    bounds, length = {}, 0.0
+    if bool(cut.any()):
+        bound = given[cut, 1].max().item()
+        if bool((given[cut, 1] < bound * (1 - TOLERANCE)).any()) or bool((peak > size)[cut].any()):
+            raise UnsupportedError(OTHERWISE)
+        bounds = {name: bound for name, is_cut in zip(names, cut.tolist(), strict=True) if is_cut}
+        if not whole.any():
+            length = given[cut, 0].square().sum().sqrt().item()
+    return Changes(dict(zip(names, factors.tolist(), strict=True)), bounds, length)
+
+
+def _dense(name: str, parameter: nn.Parameter) -> Tensor | None:
+    """The gradient of a parameter, or None. Raises `UnsupportedError` for a sparse one."""
+    if parameter.grad is not None and parameter.grad.is_sparse:
+        raise UnsupportedError(f"sparse gradients cannot be accounted for, found one in {name}; use sparse=False")
+    return parameter.grad
 
 
 @torch.no_grad()
