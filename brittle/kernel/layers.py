@@ -2,7 +2,7 @@
 
 From what went into a call and the gradient g at what came out of it: for a linear layer the outer product of g and
 its input, for a convolution the same over unfolded positions, for normalization products with the normalized input;
-any other module runs again (`rerun`). Products are formed in the state's dtype, whatever the pass ran in.
+any other module runs again (`modules`). Products are formed in the state's dtype, whatever the pass ran in.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from brittle.kernel.calls import Call
-from brittle.kernel.rerun import is_whole, run_again
+from brittle.kernel.modules import is_whole, run_again
 
 
 def units(model: nn.Module) -> list[tuple[str, nn.Module]]:
