@@ -23,7 +23,6 @@ REPRODUCED = 1e-4
 ROUGH = 4
 """The same in units in the last place, for outputs that are rounded more coarsely."""
 
-
 NO_DRAWS = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, nn.Embedding}
 """Modules that are known to draw no random numbers, which saves looking."""
 
