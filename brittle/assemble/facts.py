@@ -82,9 +82,9 @@ def _few_are_known(e: Evidence, ledger: Ledger) -> str:
     assert e.path is not None
     return (
         f"Only {e.path.steps + 1} checkpoints of the training are known. Which examples moved a prediction between "
-        "them is guessed from gradients at the checkpoints: it may be claimed which groups of examples matter, not by how "
-        f"much, and not for single examples. {ledger.relative_unexplained:.0%} of what was learned is unexplained, and "
-        f"the sum over the path missed {ledger.relative_residual:.1%}."
+        "them is guessed from gradients at the checkpoints: it may be claimed which groups of examples matter, not by "
+        f"how much, and not for single examples. {ledger.relative_unexplained:.0%} of what was learned is "
+        f"unexplained, and the sum over the path missed {ledger.relative_residual:.1%}."
     )
 
 

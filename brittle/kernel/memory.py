@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from brittle.kernel.displacement import displaced, even_cuts
-from brittle.kernel.quadrature import check_outputs, midpoints, output_gradients, row_blocks
+from brittle.kernel.quadrature import check_outputs, midpoints, output_pieces, row_blocks
 from brittle.path.flat import FlatModel
 from brittle.path.replay import Path
 from brittle.records import Groups, Pairs, Progress
@@ -140,8 +140,9 @@ def _add_mass(
     for k, (state, moved) in enumerate(memory.points()):
         moved = moved.to(flat.state)
         for rows in row_blocks(len(inputs), flat):
-            gradients = output_gradients(subject, flat, state, inputs[rows], pairs[rows])
-            total[rows] += (gradients @ moved.T).double().cpu()
+            for columns, piece in output_pieces(subject, flat, state, inputs[rows], pairs[rows]):
+                total[rows] += (piece @ moved[:, columns].T).double().cpu()
+                del piece
         if progress:
             progress(k + 1, memory.evaluations)
     return total

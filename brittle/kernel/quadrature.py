@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brittle.kernel.gradients import check_rows, row_gradients
+from brittle.kernel.gradients import check_rows, row_pieces
 from brittle.path.flat import FlatModel
 from brittle.records import Pairs
 from brittle.subject import Subject
@@ -29,6 +29,9 @@ BLOCK = 256
 
 BLOCK_BYTES = 24 << 20
 """Bytes of row gradients at most: larger allocations go back to the system each time, and cost their pages anew."""
+
+FEWEST = 8
+"""Rows that are taken at once in any model: forward passes of fewer cost nearly as much."""
 
 CHECKED = 5
 """Rows whose gradients are held against plain autograd before a model is trusted."""
@@ -66,12 +69,22 @@ def outputs_at(subject: Subject, flat: FlatModel, state: Tensor, inputs: Tensor,
     return torch.cat(parts)
 
 
-def output_gradients(subject: Subject, flat: FlatModel, state: Tensor, inputs: Tensor, pairs: Pairs) -> Tensor:
-    """J: gradients of the pairs' margins at one point of the path, (M, P); one backward pass."""
+def output_pieces(
+    subject: Subject, flat: FlatModel, state: Tensor, inputs: Tensor, pairs: Pairs
+) -> Iterator[tuple[slice, Tensor]]:
+    """J tensor by tensor: gradients of the pairs' margins at one point of the path, (columns, (M, p)); one pass."""
     flat.load(state)
     model = flat.eval()
     x = inputs.to(flat.state)
-    return row_gradients(flat, lambda: pairs.margin(subject.class_logits(model, x)).sum(), len(inputs))
+    return row_pieces(flat, lambda: pairs.margin(subject.class_logits(model, x)).sum(), len(inputs))
+
+
+def output_gradients(subject: Subject, flat: FlatModel, state: Tensor, inputs: Tensor, pairs: Pairs) -> Tensor:
+    """J as one matrix, (M, P)."""
+    out = flat.state.new_zeros(len(inputs), len(flat))
+    for columns, piece in output_pieces(subject, flat, state, inputs, pairs):
+        out[:, columns] = piece
+    return out
 
 
 def check_outputs(subject: Subject, flat: FlatModel) -> None:
@@ -129,9 +142,9 @@ def blocks(count: int, size: int) -> Iterator[slice]:
 
 
 def row_blocks(count: int, flat: FlatModel) -> Iterator[slice]:
-    """Slices that cover `count` rows, as many at once as their gradients (P,) leave room for."""
-    row = len(flat) * flat.state.element_size()
-    return blocks(count, max(1, min(BLOCK, BLOCK_BYTES // max(row, 1))))
+    """Slices that cover `count` rows, as many at once as the gradients of the largest tensor leave room for."""
+    row = max(slot.shape.numel() for slot in flat.slots) * flat.state.element_size()
+    return blocks(count, max(FEWEST, min(BLOCK, BLOCK_BYTES // max(row, 1))))
 
 
 def _average(
@@ -149,5 +162,7 @@ def _average(
     for t, weight in zip(at, weights, strict=True):
         state = torch.lerp(low, high, t)
         for rows in row_blocks(len(inputs), flat):
-            out[rows].add_(output_gradients(subject, flat, state, inputs[rows], pairs[rows]), alpha=weight)
+            for columns, piece in output_pieces(subject, flat, state, inputs[rows], pairs[rows]):
+                out[rows, columns].add_(piece, alpha=weight)
+                del piece
     return out

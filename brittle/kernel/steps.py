@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from brittle.kernel.gradients import check_sum, row_pieces, without_rounding
+from brittle.kernel.gradients import check_sum, row_pieces, sum_of, without_rounding
 from brittle.path.flat import FlatModel
 from brittle.path.observed import Batch
 from brittle.path.rerun import batch_gradient, training_loss
@@ -26,14 +25,13 @@ def step_pieces(subject: Subject, flat: FlatModel, step: WalkedStep, batch: Batc
     resting = step.seen.manner.resting
     for columns, rows in row_pieces(flat, lambda: training_loss(subject, flat, batch, resting), len(batch)):
         yield columns, without_rounding(rows) if coupled else rows
+        del rows  # before the next tensor's are formed
 
 
 def check_step(subject: Subject, flat: FlatModel, step: WalkedStep) -> None:
     """Check that a step's row gradients add up to its batches' gradients. Raises `UnsupportedError`."""
     for batch in step.batches:
-        found = torch.zeros_like(flat.state)
-        for columns, rows in step_pieces(subject, flat, step, batch):
-            found[columns] = rows.sum(0)
+        found = sum_of(flat, step_pieces(subject, flat, step, batch))
         flat.load(step.state)
         whole = batch_gradient(subject, flat, batch, step.seen.manner.resting)
         check_sum(flat, found, whole, AGREEMENT[batch.autocast])

@@ -62,9 +62,9 @@ def checked_call(
 
 
 def matched(
-    calls: Sequence[Call], passes: Sequence[BackwardPass], alive: Sequence[BackwardPass], trained: Collection[str]
+    calls: Sequence[Call], passes: Sequence[BackwardPass], alive: Sequence[BackwardPass], taken: Collection[str]
 ) -> list[tuple[Batch, ForwardPass | None]]:
-    """The batches of one step, with the forward pass of each. trained: the tensors whose gradients count.
+    """The batches of one step, with the forward pass of each. taken: the tensors whose gradients the step takes.
 
     Either every call stands before its pass, or every call behind it; it is the one that gives each live pass one
     call. The passes of an attack, and of steps that were skipped, are not alive.
@@ -79,17 +79,17 @@ def matched(
     cuts = [call.at for call in calls]
     before, behind = pairwise([*cuts, len(passes)]), pairwise([0, *cuts])
     for windows in (before, behind):
-        taken = [[k for k in places if start <= k < stop][-1:] for start, stop in windows]
-        if [k for found in taken for k in found] == places and places:
-            pairs = [(call, passes[found[0]]) for call, found in zip(calls, taken, strict=True) if found]
-            return [(_batch(call, one, trained), one.forward) for call, one in pairs]
+        mine = [[k for k in places if start <= k < stop][-1:] for start, stop in windows]
+        if [k for found in mine for k in found] == places and places:
+            pairs = [(call, passes[found[0]]) for call, found in zip(calls, mine, strict=True) if found]
+            return [(_batch(call, one, taken), one.forward) for call, one in pairs]
     raise DataError(
         "call recorder.batch(ids) once for every backward pass before optimizer.step(), found "
         f"{len(calls)} calls for {len(alive)} passes whose gradients this step takes"
     )
 
 
-def _batch(call: Call, one: BackwardPass, trained: Collection[str]) -> Batch:
+def _batch(call: Call, one: BackwardPass, taken: Collection[str]) -> Batch:
     forward = one.forward or ForwardPass()
     if forward.rows is not None and forward.rows != len(call.ids):
         raise DataError(
@@ -99,7 +99,7 @@ def _batch(call: Call, one: BackwardPass, trained: Collection[str]) -> Batch:
     return Batch(
         call.ids,
         call.epoch,
-        one.norm(trained),
+        one.norm(taken),
         forward.autocast,
         forward.seen,
         random=forward.random,

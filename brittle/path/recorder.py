@@ -35,6 +35,7 @@ from brittle.path.flat import layout, parameters_of, state_of, statistics_of
 from brittle.path.forwards import ForwardWatch, resting
 from brittle.path.observed import Manner, Snapshot, Step
 from brittle.path.passes import Call, checked_call, matched
+from brittle.path.processes import check_all_record, gathered, world
 from brittle.path.spending import Spending
 from brittle.path.taking_up import cut, state_at
 from brittle.path.training import bare, check_training, counts_batches
@@ -48,6 +49,8 @@ BLOCKS_IN_BUDGET = 8
 
 class Recorder:
     """Writes the path of a training run into a folder, crash-safe.
+
+    Under DistributedDataParallel every process makes one and calls `batch` for its own batches; the first one writes.
 
     Args:
         model: the model in training, before its first step.
@@ -82,6 +85,8 @@ class Recorder:
         if store.finished(self.root):
             raise DataError(f"{self.root} already holds a finished path; name another folder or delete it")
         self._model, self._repeats = bare(model), repeats
+        self._rank, self._processes = world()
+        check_all_record()
         check_training(self._model)
         self._slots = layout(self._model)
         self._parameters = dict(self._model.named_parameters())
@@ -142,6 +147,9 @@ class Recorder:
         return self.steps
 
     def _write(self) -> None:
+        if self._rank:  # the first process writes
+            self._steps, self._since = [], time.monotonic()
+            return
         if self._snapshots:
             store.write_states(self.root, self._snapshots, self.every)
         if self._steps:
@@ -156,7 +164,7 @@ class Recorder:
     def close(self) -> None:
         """Store the final weights and finish the path. Call it once, after the last step."""
         self._let_go()
-        if store.finished(self.root):
+        if self._rank or store.finished(self.root):
             return
         if self.steps == 0:
             raise DataError("a path needs at least one optimizer.step() between Recorder(...) and close(), found none")
@@ -188,7 +196,9 @@ class Recorder:
 
     def _resume(self, at: int | None) -> None:
         """Begin the folder, or take it up again after `at` steps."""
-        spending = self._spending
+        spending, self.steps = self._spending, at or 0
+        if self._rank:
+            return
         if at is None:
             store.clear(self.root)
             store.write_header(self.root, self._slots, spending.kind, spending.name, spending.warnings)
@@ -202,7 +212,6 @@ class Recorder:
         if there is not None:
             spending.restore(there.buffers)
         self._marks, self._written = cut(self.root, at)
-        self.steps = at
         widest = max((b - a for a, b in pairwise(self._marks)), default=1)
         self.every = 1 << (widest.bit_length() - 1)
         self._remember()
@@ -234,16 +243,16 @@ class Recorder:
         if full or time.monotonic() - self._since > BLOCK_SECONDS:
             self._write()
         spending, watch = self._spending, self._watch
-        found = matched(self._calls, watch.passes, watch.alive(), spending.trained)
+        found = matched(self._calls, watch.passes, watch.alive(), watch.taken())
         if self.steps % self.every == 0:
             self._remember()
-        changes = watch.changes()
+        changes = watch.changes() if self._processes == 1 else watch.length()
         counts, factors, bounds = spending.begin(changes)
         last = found[-1][1]
         at_rest = last.resting if last else resting(self._model)
         manner = Manner(spending.owner(), spending.settings(), at_rest)
         nothing = torch.zeros(len(self._slots), dtype=torch.float64)
-        batches = tuple(batch for batch, _ in found)
+        batches = tuple(gathered([batch for batch, _ in found]))
         self._open = Step(batches, spending.lr(), manner, counts, factors, bounds, nothing, changes.length)
 
     def _after_step(self, *_: Any) -> None:
@@ -274,7 +283,7 @@ class Recorder:
 
     def _remember(self) -> None:
         """Keep the present state."""
-        if not (self._snapshots and self._snapshots[-1].step == self.steps):
+        if not (self._rank or (self._snapshots and self._snapshots[-1].step == self.steps)):
             self._snapshots.append(self._snapshot())
             self._marks.append(self.steps)
             self._pending += self._snapshots[-1].nbytes

@@ -27,7 +27,7 @@ from brittle.path.rerun import batch_gradient
 from brittle.path.resume import Resumed
 from brittle.path.rules import scaled
 from brittle.path.store import PathReader
-from brittle.path.walked import NEAR, Interval, WalkedStep, share_of
+from brittle.path.walked import Interval, WalkedStep, share_of
 from brittle.subject import Subject
 
 DRIFT_LIMIT = 0.01
@@ -36,6 +36,9 @@ DRIFT_LIMIT = 0.01
 NOISE = 1e-4
 """Share of the largest gradient below which Adam's steps may follow rounding errors."""
 
+
+BESIDE = 1e-5
+"""How far a factor may lie beside a power of two, in powers of two, to be put to it."""
 
 Path = PathReader | Checkpoints
 """What can be walked: a recorded path, or the checkpoints that are left of one."""
@@ -116,19 +119,24 @@ def clipped(recipe: Recipe, seen: Step, total: Tensor) -> Tensor:
 
 
 def known(recipe: Recipe, seen: Step, total: Tensor) -> Recipe:
-    """The recipe with its factor c, where clipping by value hid it: |clamp(c g, -v, v)| grows with c, so bisect.
+    """The recipe with its factor c, where only the length of what the optimizer got is known.
 
-    Put to a power of two where it lies beside one, as a gradient scaler's does.
+    So it is where clipping by value hid c, or where gradients were averaged over processes. |clamp(c g, -v, v)| grows
+    with c, so bisect; c is put to a power of two where it lies beside one, as a gradient scaler's does.
     """
     if not seen.length:
         return recipe
+    moves = moves_of(recipe)
+    taken = total if moves is None else total * moves
     at = lambda c: replace(recipe, factors=torch.full_like(recipe.factors, c))  # noqa: E731
     low, high = -60.0, 60.0  # in powers of two
+    if not seen.cut:
+        low = high = math.log2(seen.length / taken.double().norm().clamp_min(1e-300).item())
     while high - low > 1e-9:
         middle = (low + high) / 2
-        long = clipped(at(2.0**middle), seen, total).double().norm().item() > seen.length
+        long = clipped(at(2.0**middle), seen, taken).double().norm().item() > seen.length
         low, high = (low, middle) if long else (middle, high)
-    return at(2.0 ** (round(high) if abs(high - round(high)) < NEAR[0] else high))
+    return at(2.0 ** (round(high) if abs(high - round(high)) < BESIDE else high))
 
 
 def moves_of(recipe: Recipe) -> Tensor | None:
@@ -170,12 +178,13 @@ def _walked(
 ) -> WalkedStep:
     """A step with its rule. total: its gradient, where it is known; only clipping by value asks for it."""
     seen, recipe = path.step(index), path.recipe(index).to(flat.state.device)
-    moves, rule = moves_of(recipe), step_rule(recipe, moments)
-    if seen.cut:
-        if total is None:
-            flat.load(state)
-            total = step_gradient(subject, flat, seen, moves)
-        recipe = known(recipe, seen, total)
+    moves = moves_of(recipe)
+    if total is None and (seen.cut or seen.length):
+        flat.load(state)
+        total = step_gradient(subject, flat, seen, moves)
+    recipe = recipe if total is None else known(recipe, seen, total)
+    rule = step_rule(recipe, moments)
+    if seen.cut and total is not None:
         cut = torch.where(total == 0, 1.0, clipped(recipe, seen, total) / torch.where(total == 0, 1.0, total))
         sign = 1.0 if path.optimizer == OBSERVED else recipe.where_held(recipe.sign, rest=1.0)
         rule = replace(rule, clip=sign * cut)

@@ -42,10 +42,13 @@ class Resumed:
 
     def spend(self, seen: Step, gradient: Tensor) -> None:
         """Take a step with a gradient (P,) as the optimizer got it: moves the flat model's state."""
-        for group, lr, settings, members in zip(
-            self._optimizer.param_groups, seen.lr, seen.manner.settings, self._members(seen), strict=True
+        members = self._members(seen)
+        for added in members[len(self._optimizer.param_groups) :]:
+            self._optimizer.add_param_group({"params": added})
+        for group, lr, settings, own in zip(
+            self._optimizer.param_groups, seen.lr, seen.manner.settings, members, strict=True
         ):
-            group.update(settings, lr=lr, params=members)
+            group.update(settings, lr=lr, params=own)
         for k, slot in enumerate(self.flat.slots):
             if not slot.buffer:
                 rests = seen.counts[k] < 0

@@ -38,22 +38,18 @@ class Spending:
 
     @property
     def trained(self) -> set[str]:
-        """The names of the parameters that the optimizer moves by now."""
+        """The names of the parameters in the optimizer's groups by now."""
         return {slot.name for slot, owner in zip(self._slots, self.owner(), strict=True) if owner >= 0}
 
     def owner(self) -> tuple[int, ...]:
-        """The parameter group of each tensor of the state, -1 where the optimizer has none or it is frozen."""
+        """The parameter group of each tensor of the state, -1 where the optimizer has none; frozen ones rest in it."""
         group_of = {id(p): k for k, g in enumerate(self._optimizer.param_groups) for p in g["params"]}
         if set(group_of) - {id(p) for p in self._parameters.values()}:
             raise UnsupportedError(
                 "the optimizer must move the model's own parameters only, it holds others besides; give them to an "
                 "optimizer of their own, or make them part of the model"
             )
-        owners = []
-        for slot in self._slots:
-            p = None if slot.buffer else self._parameters[slot.name]
-            owners.append(group_of.get(id(p), -1) if p is not None and p.requires_grad else -1)
-        return tuple(owners)
+        return tuple(-1 if s.buffer else group_of.get(id(self._parameters[s.name]), -1) for s in self._slots)
 
     def settings(self) -> tuple[dict[str, Any], ...]:
         """The plain settings of each parameter group, learning rates apart."""

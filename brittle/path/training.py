@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -15,20 +14,13 @@ WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "Opti
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The model inside what torch wraps around it. Raises `UnsupportedError` for one that is spread over processes."""
+    """The model inside what torch wraps around it. Raises `UnsupportedError` for one whose weights are spread out."""
     kinds = {type(module).__name__ for module in model.modules()}
     if any("FSDP" in kind or "FullySharded" in kind for kind in kinds) or _sharded(model):
         raise UnsupportedError(
             "a model under FSDP cannot be recorded, each process holds a part of the weights only; train it with "
             f"DistributedDataParallel or in one process, {REMEDY}"
         )
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        world = torch.distributed.get_world_size()
-        if world > 1:
-            raise UnsupportedError(
-                f"rank 0 must see the ids of all batches, found {world} processes that each see their own; train in "
-                f"one process, {REMEDY}"
-            )
     while type(model).__name__ in WRAPPERS:
         model = getattr(model, WRAPPERS[type(model).__name__])
     return model

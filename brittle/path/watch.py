@@ -8,6 +8,7 @@ Anything else (noise, gradients written by hand) is no such rule, and is refused
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from brittle.errors import NotFiniteError, UnsupportedError
 from brittle.path.forwards import ForwardPass
+from brittle.path.processes import length_of
 
 TOLERANCE = 1e-4
 """Relative spread of the factors up to which they count as one."""
@@ -48,7 +50,7 @@ class BackwardPass:
 class Changes:
     """What happened to gradients by name: g' = clamp(c g, -v, v), factors c and bounds v of those that were cut.
 
-    length: the Euclidean norm of all g' where every tensor was cut, so that their common c is not seen; else 0.
+    length: the norm of all g' together, where every tensor was cut, so that their common c is not seen; else 0.
     """
 
     factors: Mapping[str, float]
@@ -89,6 +91,17 @@ class GradientWatch:
         fresh = [k for k, one in enumerate(self.passes) if one.fresh]
         return self.passes[fresh[-1] :] if fresh else []
 
+    def taken(self) -> dict[str, Tensor]:
+        """The gradients that the optimizer takes now, by name. Raises `UnsupportedError` for a sparse one."""
+        trained = self._trained()
+        found = {n: p.grad for n, p in self._parameters.items() if n in trained and p.grad is not None}
+        for name, gradient in found.items():
+            if gradient.is_sparse:
+                raise UnsupportedError(
+                    f"sparse gradients cannot be accounted for, found one in {name}; use sparse=False"
+                )
+        return found
+
     def forget(self) -> None:
         """Begin anew."""
         self.passes.clear()
@@ -101,15 +114,19 @@ class GradientWatch:
             UnsupportedError: where a gradient is sparse, or was changed in another way.
             NotFiniteError: where a gradient is not finite.
         """
-        trained = self._trained()
-        names = [n for n, p in self._parameters.items() if n in trained and _dense(n, p) is not None]
-        if not names:
+        gradients = self.taken()
+        if not gradients:
             return Changes({}, {})
-        given = torch.stack([_norms(self._parameters[n].grad) for n in names]).double().cpu()  # shape: (n, 2)
-        raw = torch.stack([self._raw.get(n, torch.zeros(2, device=given.device)).cpu() for n in names]).double()
+        given = torch.stack([_norms(g) for g in gradients.values()]).double().cpu()  # shape: (n, 2)
+        raw = torch.stack([self._raw.get(n, torch.zeros(2, device=given.device)).cpu() for n in gradients]).double()
         if not (raw.isfinite().all() and given.isfinite().all()):
             raise NotFiniteError("gradients must be finite, found NaN or infinity; the training diverged")
-        return _explained(names, raw, given)
+        return explained(gradients, raw, given)
+
+    def length(self) -> Changes:
+        """The same where gradients were averaged over processes: only the length of the result is known."""
+        taken = self.taken()
+        return Changes(dict.fromkeys(taken, 1.0), {}, length_of(list(taken.values())))
 
     def close(self) -> None:
         """Stop watching."""
@@ -133,44 +150,52 @@ class GradientWatch:
     def _add(self, name: str) -> Callable[[Tensor], None]:
         def add(parameter: Tensor) -> None:
             if name in self._kept:
-                self._raw[name] = _norms(parameter.grad) if self._kept[name] else self.passes[-1].norms[name]
+                grown = parameter.grad if self._kept[name] else None
+                self._raw[name] = self.passes[-1].norms[name] if grown is None else _norms(grown)
 
         return add
 
 
-def _explained(names: Sequence[str], raw: Tensor, given: Tensor) -> Changes:
-    """One factor a tensor, and the bound of those that were clipped by value. raw, given: (n, 2), two norms of each."""
-    counts = (raw[:, 0] > NEGLIGIBLE * raw[:, 0].max()) & (given[:, 0] > 0)
+def explained(gradients: Mapping[str, Tensor], raw: Tensor, given: Tensor) -> Changes:
+    """One factor a tensor, and the bound of those that were clipped by value.
+
+    gradients: as the optimizer gets them; raw, given: (n, 2), two norms of each before and now.
+    """
+    counts = raw[:, 0] > NEGLIGIBLE * raw[:, 0].max()
     if bool((~counts & (given[:, 0] > given[:, 0].max() * NEGLIGIBLE * 100)).any()):
         raise UnsupportedError(OTHERWISE)
     size, peak = (given / raw.clamp_min(1e-300)).unbind(1)
     cut = ((size - peak).abs() > TOLERANCE * peak) & counts
-    whole = counts & ~cut
-    common = size[whole].median().item() if bool(whole.any()) else 1.0
-    factors = torch.where(whole & ((size - common).abs() > TOLERANCE * common), size, common)
+    bound = given[cut, 1].max().item() if bool(cut.any()) else math.inf
+    if bool((given[cut, 1] < bound * (1 - TOLERANCE)).any()) or bool((peak > size)[cut].any()):
+        raise UnsupportedError(OTHERWISE)
+    alone = torch.tensor([g.numel() == 1 for g in gradients.values()])  # one entry: its two norms cannot differ
+    cut |= alone & counts & ((given[:, 1] - bound).abs() <= TOLERANCE * bound)
+    votes = counts & ~cut & (given[:, 0] > 0)
+    common = size[votes].median().item() if bool(votes.any()) else 1.0
+    factors = torch.where(counts & ~cut & ((size - common).abs() > TOLERANCE * common), size, common)
     factors[(factors - 1).abs() < 1e-6] = 1.0
-    bounds, length = {}, 0.0
-    if bool(cut.any()):
-        bound = given[cut, 1].max().item()
-        if bool((given[cut, 1] < bound * (1 - TOLERANCE)).any()) or bool((peak > size)[cut].any()):
+    bounds = {name: bound for name, is_cut in zip(gradients, cut.tolist(), strict=True) if is_cut}
+    length = 0.0
+    if bounds and bool(votes.any()):
+        _check_cut([gradients[name] for name in bounds], raw[cut], given[cut], common)
+    elif bounds:
+        length = given[:, 0].square().sum().sqrt().item()
+    return Changes(dict(zip(gradients, factors.tolist(), strict=True)), bounds, length)
+
+
+def _check_cut(gradients: Sequence[Tensor], raw: Tensor, given: Tensor, factor: float) -> None:
+    """Where one entry alone lies at the bound v, clipping leaves |g'|^2 = c^2 (|g|^2 - max^2) + v^2; else refuse."""
+    for g, (size, peak), (length, bound) in zip(gradients, raw.tolist(), given.tolist(), strict=True):
+        alone = int((g.abs() >= bound * (1 - 1e-6)).sum()) == 1
+        expected = max(factor**2 * (size**2 - peak**2), 0.0) + bound**2
+        if alone and abs(length**2 - expected) > TOLERANCE * expected:
             raise UnsupportedError(OTHERWISE)
-        bounds = {name: bound for name, is_cut in zip(names, cut.tolist(), strict=True) if is_cut}
-        if not whole.any():
-            length = given[cut, 0].square().sum().sqrt().item()
-    return Changes(dict(zip(names, factors.tolist(), strict=True)), bounds, length)
-
-
-def _dense(name: str, parameter: nn.Parameter) -> Tensor | None:
-    """The gradient of a parameter, or None. Raises `UnsupportedError` for a sparse one."""
-    if parameter.grad is not None and parameter.grad.is_sparse:
-        raise UnsupportedError(f"sparse gradients cannot be accounted for, found one in {name}; use sparse=False")
-    return parameter.grad
 
 
 @torch.no_grad()
-def _norms(gradient: Tensor | None) -> Tensor:
+def _norms(gradient: Tensor) -> Tensor:
     """Euclidean and largest norm, shape (2,)."""
-    assert gradient is not None
     exact = torch.promote_types(gradient.dtype, torch.float32)
     norms = [torch.linalg.vector_norm(gradient.detach(), order, dtype=exact) for order in (2, float("inf"))]
     return torch.stack(norms)
