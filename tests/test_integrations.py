@@ -475,7 +475,7 @@ def test_a_checkpoint_that_did_not_bring_the_weights_back_is_refused(
     with pytest.raises(RuntimeError, match="stopped"):
         hugging(Plain(), tmp_path, huggingface.RecorderCallback(path), Cut(), **saving).train()
     monkeypatch.setattr(Trainer, "_load_from_checkpoint", lambda *_, **__: None)
-    with pytest.raises(PathMismatchError, match=r"as it was at step 8, .* did not bring back all weights of Plain"):
+    with pytest.raises(PathMismatchError, match="as it was after 8 steps, its weights differ"):
         hugging(Plain(), tmp_path, huggingface.RecorderCallback(path)).train(resume_from_checkpoint=True)
 
 
