@@ -157,7 +157,7 @@ class Loop:
             self.scaler.unscale_(self.optimizer)
         raw = self._gradients()
         self._change()
-        factor, settings = shrunk(raw, self._gradients()), self._settings()
+        factor, settings = self._shrunk(raw), self._settings()
         if self.scaler:
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -179,7 +179,7 @@ class Loop:
             loss.backward()
             raw = self._gradients()
             self._change()
-            made.append(([seen], shrunk(raw, self._gradients()), self._settings()))
+            made.append(([seen], self._shrunk(raw), self._settings()))
             return loss
 
         self.optimizer.step(closure)
@@ -296,6 +296,11 @@ class Loop:
     def _gradients(self) -> State:
         return {n: p.grad.clone() for n, p in self._held().items()}
 
+    def _shrunk(self, raw: State) -> State:
+        """By what each coordinate of the gradient was multiplied: 1 where it was zero, 0 where it was not asked for."""
+        held, given = self._held(), self._gradients()
+        return {n: torch.where(g == 0, 1.0, given[n] / g) * held[n].requires_grad for n, g in raw.items()}
+
     def _settings(self) -> dict[str, dict[str, Any]]:
         groups = self.optimizer.param_groups
         of = {id(p): {k: v for k, v in g.items() if k != "params"} for g in groups for p in g["params"]}
@@ -309,11 +314,6 @@ class Loop:
         """The parameters that this step moves: the optimizer has them, and they have a gradient."""
         moved = {id(p) for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None}
         return {n: p for n, p in self.model.named_parameters() if id(p) in moved}
-
-
-def shrunk(raw: State, given: State) -> State:
-    """By what each coordinate of the gradient was multiplied; 1 where it was zero."""
-    return {n: torch.where(g == 0, 1.0, given[n] / g) for n, g in raw.items()}
 
 
 def state_of(model: nn.Module) -> State:

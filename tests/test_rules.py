@@ -18,6 +18,7 @@ from brittle.path.optimizers import MOMENTS, OBSERVED, kind_of, step_rule
 from brittle.path.recipe import Recipe
 from brittle.path.rules import StepRule, advance, pull_back
 from brittle.path.spending import Spending
+from brittle.path.watch import Changes
 
 SIZES, STEPS = (3, 4, 2, 5, 2), 9
 RESTING = {0: {1}, 2: {0}, 3: {1, 2}, 4: {2}, 6: {3}, 7: {0, 1, 2}}
@@ -80,7 +81,8 @@ def taken(
             rests = k in RESTING.get(s, ()) or k == len(SIZES) - 1
             split[k] = torch.zeros_like(split[k]) if rests else split[k]
             part.grad = None if rests else clip * split[k]
-        counts, factors = spending.begin({str(k): clip for k, part in enumerate(parts) if part.grad is not None})
+        changes = Changes({str(k): clip for k, part in enumerate(parts) if part.grad is not None}, {})
+        counts, factors, _ = spending.begin(changes)
         lr, settings, owner = spending.lr(), spending.settings(), torch.tensor(spending.owner())
         optimizer.step()
         recipe = Recipe(

@@ -66,8 +66,8 @@ def matched(
 ) -> list[tuple[Batch, ForwardPass | None]]:
     """The batches of one step, with the forward pass of each. taken: the tensors whose gradients the step takes.
 
-    Either every call stands before its pass, or every call behind it; it is the one that gives each live pass one
-    call. The passes of an attack, and of steps that were skipped, are not alive.
+    Either every call stands behind its pass, or every call before it: the reading is taken that gives each call a pass
+    and each live pass a call. The passes of an attack, and of steps that were skipped, are not alive.
     Raises `DataError` where neither does.
     """
     if passes and not alive:
@@ -75,13 +75,13 @@ def matched(
             "each step must begin without gradients, found those of the step before; call optimizer.zero_grad() before "
             "the backward pass"
         )
-    places = [next(k for k, one in enumerate(passes) if one is living) for living in alive]
+    places = [k for k, one in enumerate(passes) if any(one is living for living in alive)]
     cuts = [call.at for call in calls]
-    before, behind = pairwise([*cuts, len(passes)]), pairwise([0, *cuts])
-    for windows in (before, behind):
-        mine = [[k for k in places if start <= k < stop][-1:] for start, stop in windows]
-        if [k for found in mine for k in found] == places and places:
-            pairs = [(call, passes[found[0]]) for call, found in zip(calls, mine, strict=True) if found]
+    behind, before = pairwise([0, *cuts]), pairwise([*cuts, len(passes)])
+    for windows in (behind, before):
+        mine = [stop - 1 for start, stop in windows if stop > start]  # the last pass of each window
+        if len(mine) == len(calls) and [k for k in mine if k in places] == places and places:
+            pairs = [(call, passes[k]) for call, k in zip(calls, mine, strict=True) if k in places]
             return [(_batch(call, one, taken), one.forward) for call, one in pairs]
     raise DataError(
         "call recorder.batch(ids) once for every backward pass before optimizer.step(), found "

@@ -52,8 +52,8 @@ class Resumed:
         for k, slot in enumerate(self.flat.slots):
             if not slot.buffer:
                 rests = seen.counts[k] < 0
-                own = None if rests else gradient[slot.start : slot.stop].view(slot.shape)
-                self._parameters[slot.name].grad = own
+                piece = None if rests else gradient[slot.start : slot.stop].view(slot.shape)
+                self._parameters[slot.name].grad = piece
         self._optimizer.step()
         self._optimizer.zero_grad()
 

@@ -73,7 +73,7 @@ class GradientWatch:
     ) -> None:
         self.passes: list[BackwardPass] = []
         self._parameters, self._latest, self._trained = parameters, latest, trained
-        self._raw: dict[str, Tensor] = {}
+        self._raw: dict[str, tuple[int, Tensor]] = {}  # the pass that came last, and norms of the sum
         self._kept: dict[str, bool] = {}
         self._hooks: dict[str, list[RemovableHandle]] = {}
         self.follow()
@@ -118,7 +118,9 @@ class GradientWatch:
         if not gradients:
             return Changes({}, {})
         given = torch.stack([_norms(g) for g in gradients.values()]).double().cpu()  # shape: (n, 2)
-        raw = torch.stack([self._raw.get(n, torch.zeros(2, device=given.device)).cpu() for n in gradients]).double()
+        dead, nothing = len(self.passes) - len(self.alive()), torch.zeros(2)
+        noted = [self._raw.get(name, (0, nothing)) for name in gradients]
+        raw = torch.stack([(norms if k > dead else nothing).cpu() for k, norms in noted]).double()
         if not (raw.isfinite().all() and given.isfinite().all()):
             raise NotFiniteError("gradients must be finite, found NaN or infinity; the training diverged")
         return explained(gradients, raw, given)
@@ -151,7 +153,8 @@ class GradientWatch:
         def add(parameter: Tensor) -> None:
             if name in self._kept:
                 grown = parameter.grad if self._kept[name] else None
-                self._raw[name] = self.passes[-1].norms[name] if grown is None else _norms(grown)
+                norms = self.passes[-1].norms[name] if grown is None else _norms(grown)
+                self._raw[name] = (len(self.passes), norms)
 
         return add
 
