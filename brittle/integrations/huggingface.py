@@ -139,7 +139,7 @@ class RecorderCallback(TrainerCallback, ExportableState):
         for hook in self._hooks:
             hook.remove()
         assert self.recorder is not None
-        self.recorder.__exit__(RuntimeError, None, None)
+        self.recorder.release()
 
 
 class _Door:

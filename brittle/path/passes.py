@@ -62,9 +62,9 @@ def checked_call(
 
 
 def matched(
-    calls: Sequence[Call], passes: Sequence[BackwardPass], alive: Sequence[BackwardPass], taken: Collection[str]
-) -> list[tuple[Batch, ForwardPass | None]]:
-    """The batches of one step, with the forward pass of each. taken: the tensors whose gradients the step takes.
+    calls: Sequence[Call], passes: Sequence[BackwardPass], alive: Sequence[BackwardPass]
+) -> list[tuple[Call, BackwardPass]]:
+    """The calls of one step, each with its backward pass.
 
     Either every call stands behind its pass, or every call before it: the reading is taken that gives each call a pass
     and each live pass a call. The passes of an attack, and of steps that were skipped, are not alive.
@@ -81,15 +81,15 @@ def matched(
     for windows in (behind, before):
         mine = [stop - 1 for start, stop in windows if stop > start]  # the last pass of each window
         if len(mine) == len(calls) and [k for k in mine if k in places] == places and places:
-            pairs = [(call, passes[k]) for call, k in zip(calls, mine, strict=True) if k in places]
-            return [(_batch(call, one, taken), one.forward) for call, one in pairs]
+            return [(call, passes[k]) for call, k in zip(calls, mine, strict=True) if k in places]
     raise DataError(
         "call recorder.batch(ids) once for every backward pass before optimizer.step(), found "
         f"{len(calls)} calls for {len(alive)} passes whose gradients this step takes"
     )
 
 
-def _batch(call: Call, one: BackwardPass, taken: Collection[str]) -> Batch:
+def batch_of(call: Call, one: BackwardPass, taken: Collection[str]) -> Batch:
+    """What was observed of one pass. taken: the tensors whose gradients count. Raises `DataError` for too few ids."""
     forward = one.forward or ForwardPass()
     if forward.rows is not None and forward.rows != len(call.ids):
         raise DataError(

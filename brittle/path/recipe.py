@@ -31,6 +31,7 @@ class Recipe:
     settings: tuple[Mapping[str, Any], ...]
     dtype: torch.dtype = torch.float32
     device: str | torch.device = "cpu"
+    moved: Tensor | None = None  # shape: (n,) bool, by any step of the path; by default those that have an owner
 
     def to(self, device: torch.device) -> Recipe:
         """The same recipe with its coefficients on a device."""
@@ -73,10 +74,11 @@ class Recipe:
         return self._laid_out(torch.where(self.active, values.double(), rest))
 
     def where_held(self, values: Tensor, rest: float) -> Coefficient:
-        """As `over`, for coefficients that do not matter where no optimizer ever moves a tensor."""
+        """As `over`, for coefficients that do not matter for tensors that no step of the path ever moves."""
         values = torch.where(self.active, values.double(), rest)
-        moved = (self.owner >= 0).nonzero()
-        return self._laid_out(torch.where(self.owner >= 0, values, values[moved[0, 0]]) if len(moved) else values)
+        moved = self.owner >= 0 if self.moved is None else self.moved
+        mattering = values[moved & (self.sizes > 0)]
+        return self._laid_out(torch.where(moved, values, mattering[0]) if len(mattering) else values)
 
     def momentum(self) -> Tensor:
         """The momentum of each tensor under an optimizer whose rule is not known, by its settings' names. (n,)."""

@@ -34,7 +34,7 @@ from brittle.path.average import AverageWatch
 from brittle.path.flat import layout, parameters_of, state_of, statistics_of
 from brittle.path.forwards import ForwardWatch, resting
 from brittle.path.observed import Manner, Snapshot, Step
-from brittle.path.passes import Call, checked_call, matched
+from brittle.path.passes import Call, batch_of, checked_call, matched
 from brittle.path.processes import check_all_record, gathered, world
 from brittle.path.spending import Spending
 from brittle.path.taking_up import cut, state_at
@@ -82,8 +82,10 @@ class Recorder:
         resume: int | None = None,
     ) -> None:
         self.root, self.budget, self.every, self.steps = Path(out), budget, 1, 0
-        if store.finished(self.root):
-            raise DataError(f"{self.root} already holds a finished path; name another folder or delete it")
+        if resume is None and store.finished(self.root):
+            raise DataError(
+                f"{self.root} already holds a finished path; name another folder, delete it, or go on with resume="
+            )
         self._model, self._repeats = bare(model), repeats
         self._rank, self._processes = world()
         check_all_record()
@@ -163,7 +165,7 @@ class Recorder:
 
     def close(self) -> None:
         """Store the final weights and finish the path. Call it once, after the last step."""
-        self._let_go()
+        self.release()
         if self._rank or store.finished(self.root):
             return
         if self.steps == 0:
@@ -177,6 +179,13 @@ class Recorder:
             store.write_average(self.root, state_of(self._average.model).cpu())
         store.write_end(self.root, self.steps, self._marks)
 
+    def release(self) -> None:
+        """Let go of model and optimizer without finishing the path, as after an error; what was written stays."""
+        self._watch.close()
+        self._forwards.close()
+        for hook in self._hooks:
+            hook.remove()
+
     def __enter__(self) -> Recorder:
         return self
 
@@ -186,13 +195,7 @@ class Recorder:
         if kind is None:
             self.close()
         else:
-            self._let_go()
-
-    def _let_go(self) -> None:
-        self._watch.close()
-        self._forwards.close()
-        for hook in self._hooks:
-            hook.remove()
+            self.release()
 
     def _resume(self, at: int | None) -> None:
         """Begin the folder, or take it up again after `at` steps."""
@@ -243,16 +246,19 @@ class Recorder:
         if full or time.monotonic() - self._since > BLOCK_SECONDS:
             self._write()
         spending, watch = self._spending, self._watch
-        found = matched(self._calls, watch.passes, watch.alive(), watch.taken())
+        if not (watch.passes or watch.taken()):
+            return  # a step without gradients moves nothing
+        pairs = matched(self._calls, watch.passes, watch.alive())
+        changes = watch.changes() if self._processes == 1 else watch.length()
+        counted = {name for name, factor in changes.factors.items() if factor}
+        batches = tuple(gathered([batch_of(call, one, counted) for call, one in pairs]))
         if self.steps % self.every == 0:
             self._remember()
-        changes = watch.changes() if self._processes == 1 else watch.length()
         counts, factors, bounds = spending.begin(changes)
-        last = found[-1][1]
+        last = pairs[-1][1].forward
         at_rest = last.resting if last else resting(self._model)
         manner = Manner(spending.owner(), spending.settings(), at_rest)
         nothing = torch.zeros(len(self._slots), dtype=torch.float64)
-        batches = tuple(gathered([batch for batch, _ in found]))
         self._open = Step(batches, spending.lr(), manner, counts, factors, bounds, nothing, changes.length)
 
     def _after_step(self, *_: Any) -> None:

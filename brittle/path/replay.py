@@ -140,8 +140,8 @@ def known(recipe: Recipe, seen: Step, total: Tensor) -> Recipe:
 
 
 def moves_of(recipe: Recipe) -> Tensor | None:
-    """The coordinates that a step moves, (P,) bool; None where those are all that have gradients."""
-    moved = recipe.over(torch.ones(len(recipe.sizes)), rest=0.0)
+    """The coordinates whose gradients a step takes, (P,) bool; None where those are all that have gradients."""
+    moved = recipe.over((recipe.factors != 0).double(), rest=0.0)
     return moved > 0 if isinstance(moved, Tensor) else None
 
 

@@ -120,6 +120,7 @@ class PathReader:
         self.steps: int = end["steps"]
         self._block, self._states = lru_cache(maxsize=2)(self._read_block), lru_cache(maxsize=2)(self._read_states)
         self.largest_id, self.visits = -1, 0
+        self.moved = torch.zeros(len(self.slots), dtype=torch.bool)
         self.autocast, self.averaging = False, torch.zeros(self.steps, dtype=torch.float64)
         self._firsts = self._read_steps()
         self._homes = self._find_states()
@@ -158,9 +159,8 @@ class PathReader:
         seen = self.step(step)
         owner = torch.tensor(seen.manner.owner)
         settings = seen.manner.settings
-        return Recipe(
-            self.optimizer, self.sizes, owner, seen.counts, seen.factors, seen.extra, seen.lr, settings, self.dtype
-        )
+        parts = (seen.counts, seen.factors, seen.extra, seen.lr, settings)
+        return Recipe(self.optimizer, self.sizes, owner, *parts, dtype=self.dtype, moved=self.moved)
 
     def _read_steps(self) -> list[int]:
         """Look once at every block of steps: they must follow each other without a gap."""
@@ -174,6 +174,7 @@ class PathReader:
                 )
             for k, step in enumerate(steps, start=first):
                 self.visits += step.examples
+                self.moved |= step.counts >= 0
                 self.largest_id = max(self.largest_id, *(int(batch.ids.max()) for batch in step.batches))
                 self.autocast |= any(batch.autocast for batch in step.batches)
                 self.averaging[k] = step.averaged

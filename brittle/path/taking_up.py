@@ -41,7 +41,10 @@ def state_at(root: Path, at: int, slots: Sequence[Slot], optimizer: str) -> Snap
 
 
 def cut(root: Path, at: int) -> tuple[list[int], int]:
-    """Drop what lies behind the first `at` steps. Returns the steps that have a state, and the bytes these take."""
+    """Drop what lies behind the first `at` steps; returns the steps that have a state, and the bytes these take."""
+    for ending in (root / "end.json", root / "average.safetensors"):
+        if ending.exists():
+            delete(ending)
     for file in reversed(files_of(root, "steps")):
         if first_of(file) >= at or not whole(file):
             delete(file)

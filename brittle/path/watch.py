@@ -178,6 +178,7 @@ def explained(gradients: Mapping[str, Tensor], raw: Tensor, given: Tensor) -> Ch
     common = size[votes].median().item() if bool(votes.any()) else 1.0
     factors = torch.where(counts & ~cut & ((size - common).abs() > TOLERANCE * common), size, common)
     factors[(factors - 1).abs() < 1e-6] = 1.0
+    factors[given[:, 0] == 0] = 0.0
     bounds = {name: bound for name, is_cut in zip(gradients, cut.tolist(), strict=True) if is_cut}
     length = 0.0
     if bounds and bool(votes.any()):
