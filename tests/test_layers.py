@@ -54,7 +54,16 @@ ROOMS = (
 )
 """From the ground up. `brittle/__init__` stands outside: it imports names when they are first used."""
 
-ONLY_IN = {"matplotlib": "report/figures", "foolbox": "attacks/", "jinja2": "report/", "click": ("cli.py", "exits.py")}
+ONLY_IN = {
+    "matplotlib": "report/figures",
+    "foolbox": "attacks/",
+    "jinja2": "report/",
+    "click": ("cli.py", "exits.py"),
+    "lightning": "integrations/",
+    "pytorch_lightning": "integrations/",
+    "transformers": "integrations/",
+    "accelerate": "integrations/",
+}
 """Libraries that belong to one place."""
 
 PACKAGE = Path(brittle.__file__).parent
