@@ -56,8 +56,8 @@ def parameters_of(model: nn.Module) -> Tensor:
 @torch.no_grad()
 def statistics_of(model: nn.Module) -> Tensor:
     """The buffers' part of the state, a copy; empty where the model has none."""
-    nothing = next(model.parameters()).detach().new_zeros(0)
-    return torch.cat([nothing, *(b.detach().reshape(-1) for b in model.buffers() if b.is_floating_point())])
+    statistics = [b.detach().reshape(-1) for b in model.buffers() if b.is_floating_point()]
+    return torch.cat(statistics) if statistics else next(model.parameters()).detach().new_zeros(0)
 
 
 class FlatModel:

@@ -40,6 +40,7 @@ from brittle.path.spending import Spending
 from brittle.path.taking_up import cut, state_at
 from brittle.path.training import bare, check_training, counts_batches
 from brittle.path.watch import GradientWatch
+from brittle.path.writer import Writer
 
 BLOCK_BYTES = 64 << 20
 BLOCK_SECONDS = 30.0
@@ -99,8 +100,9 @@ class Recorder:
         self._open: Step | None = None
         self._steps: list[Step] = []
         self._snapshots: list[Snapshot] = []
-        self._marks: list[int] = []
-        self._pending, self._written, self._since = 0, 0, time.monotonic()  # bytes in memory, bytes on disk
+        self._sizes: dict[int, int] = {}  # bytes of the state before each step that has one
+        self._pending, self._since = 0, time.monotonic()  # bytes in memory that are not written yet
+        self._writer = Writer()
         self._statistics = statistics_of(self._model).cpu()
         self._resume(resume)
         self._watch = GradientWatch(self._parameters, lambda: self._forwards.last, lambda: self._spending.trained)
@@ -146,22 +148,8 @@ class Recorder:
         self._look_at_average()
         self._remember()
         self._write()
+        self._writer.wait()
         return self.steps
-
-    def _write(self) -> None:
-        if self._rank:  # the first process writes
-            self._steps, self._since = [], time.monotonic()
-            return
-        if self._snapshots:
-            store.write_states(self.root, self._snapshots, self.every)
-        if self._steps:
-            store.write_steps(self.root, self.steps - len(self._steps), self._steps)
-        self._written, self._pending = self._written + sum(s.nbytes for s in self._snapshots), 0
-        self._steps, self._snapshots, self._since = [], [], time.monotonic()
-        while self._written > self.budget * (1 - 1 / BLOCKS_IN_BUDGET) and self.every <= self.steps:
-            self.every *= 2
-            self._written = store.thin_states(self.root, self.every)
-            self._marks = [mark for mark in self._marks if mark % self.every == 0]
 
     def close(self) -> None:
         """Store the final weights and finish the path. Call it once, after the last step."""
@@ -172,12 +160,14 @@ class Recorder:
             raise DataError("a path needs at least one optimizer.step() between Recorder(...) and close(), found none")
         self._look_at_average()
         self._write()
-        if self._marks[-1:] != [self.steps]:
-            self._marks.append(self.steps)
-            store.write_states(self.root, [self._snapshot()], self.every)
+        if self.steps not in self._sizes:
+            last = self._snapshot()
+            self._sizes[self.steps] = last.nbytes
+            self._writer.submit(store.write_states, self.root, [last], self.every)
+        self._writer.wait()
         if self._average is not None:
             store.write_average(self.root, state_of(self._average.model).cpu())
-        store.write_end(self.root, self.steps, self._marks)
+        store.write_end(self.root, self.steps, sorted(self._sizes))
 
     def release(self) -> None:
         """Let go of model and optimizer without finishing the path, as after an error; what was written stays."""
@@ -214,8 +204,8 @@ class Recorder:
             )
         if there is not None:
             spending.restore(there.buffers)
-        self._marks, self._written = cut(self.root, at)
-        widest = max((b - a for a, b in pairwise(self._marks)), default=1)
+        self._sizes = cut(self.root, at)
+        widest = max((b - a for a, b in pairwise(self._sizes)), default=1)
         self.every = 1 << (widest.bit_length() - 1)
         self._remember()
 
@@ -275,6 +265,22 @@ class Recorder:
         self._watch.forget()
         self._forwards.forget()
 
+    def _write(self) -> None:
+        """Hand what is in memory to the writer; halve the density of stored states until the budget holds."""
+        steps, snapshots = self._steps, self._snapshots
+        self._steps, self._snapshots, self._pending, self._since = [], [], 0, time.monotonic()
+        if self._rank:  # the first process writes
+            return
+        if snapshots:
+            self._writer.submit(store.write_states, self.root, snapshots, self.every)
+        if steps:
+            self._writer.submit(store.write_steps, self.root, self.steps - len(steps), steps)
+        room = self.budget * (1 - 1 / BLOCKS_IN_BUDGET)
+        while sum(self._sizes.values()) > room and self.every <= self.steps:
+            self.every *= 2
+            self._sizes = {mark: size for mark, size in self._sizes.items() if mark % self.every == 0}
+            self._writer.submit(store.thin_states, self.root, self.every)
+
     def _look_at_average(self) -> None:
         """Note how the average moved since the last step."""
         share = self._average.share() if self._average is not None else 0.0
@@ -291,7 +297,7 @@ class Recorder:
         """Keep the present state."""
         if not (self._rank or (self._snapshots and self._snapshots[-1].step == self.steps)):
             self._snapshots.append(self._snapshot())
-            self._marks.append(self.steps)
+            self._sizes[self.steps] = self._snapshots[-1].nbytes
             self._pending += self._snapshots[-1].nbytes
 
     def _snapshot(self) -> Snapshot:

@@ -59,9 +59,8 @@ def write_states(root: Path, snapshots: Sequence[Snapshot], every: int) -> None:
     write_arrays(root / "states" / name, packed_states(snapshots))
 
 
-def thin_states(root: Path, every: int) -> int:
-    """Keep the states before steps that are multiples of `every`; returns the bytes that are left."""
-    left = 0
+def thin_states(root: Path, every: int) -> None:
+    """Keep the states before steps that are multiples of `every`."""
     for file in files_of(root, "states"):
         found = unpacked_states(read_arrays(file))
         keep = [s for s in found if s.step % every == 0]
@@ -69,8 +68,6 @@ def thin_states(root: Path, every: int) -> int:
             write_states(root, keep, every)
         if len(keep) < len(found):
             delete(file)
-        left += sum(s.nbytes for s in keep)
-    return left
 
 
 def write_average(root: Path, state: Tensor) -> None:

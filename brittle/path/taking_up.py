@@ -40,8 +40,8 @@ def state_at(root: Path, at: int, slots: Sequence[Slot], optimizer: str) -> Snap
     return next((s for file in files_of(root, "states") for s in _states(file) if s.step == at), None)
 
 
-def cut(root: Path, at: int) -> tuple[list[int], int]:
-    """Drop what lies behind the first `at` steps; returns the steps that have a state, and the bytes these take."""
+def cut(root: Path, at: int) -> dict[int, int]:
+    """Drop what lies behind the first `at` steps; returns the bytes of the states that stay, by their steps."""
     for ending in (root / "end.json", root / "average.safetensors"):
         if ending.exists():
             delete(ending)
@@ -55,7 +55,7 @@ def cut(root: Path, at: int) -> tuple[list[int], int]:
             delete(file)
         else:
             kept |= {s.step: s.nbytes for s in states if s.step < at}
-    return sorted(kept), sum(kept.values())
+    return dict(sorted(kept.items()))
 
 
 def _states(file: Path) -> list[Snapshot]:

@@ -32,18 +32,22 @@ OTHERWISE = (
 )
 
 
+Norms = tuple[Tensor, Tensor]
+"""Euclidean and largest norm of a tensor, two scalars."""
+
+
 @dataclass
 class BackwardPass:
     """One backward pass: norms of each tensor's own gradient, and whether it began from nothing."""
 
     forward: ForwardPass | None
-    norms: dict[str, Tensor] = field(default_factory=dict)  # each of shape (2,)
+    norms: dict[str, Norms] = field(default_factory=dict)
     fresh: bool = True
 
     def norm(self, names: Collection[str]) -> float:
         """Euclidean norm of the pass's gradient over some tensors."""
-        parts = [n[0] for name, n in self.norms.items() if name in names]
-        return torch.stack(parts).double().square().sum().sqrt().item() if parts else 0.0
+        parts = [n[0].double() for name, n in self.norms.items() if name in names]
+        return torch.stack(parts).square().sum().sqrt().item() if parts else 0.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class GradientWatch:
     ) -> None:
         self.passes: list[BackwardPass] = []
         self._parameters, self._latest, self._trained = parameters, latest, trained
-        self._raw: dict[str, tuple[int, Tensor]] = {}  # the pass that came last, and norms of the sum
+        self._raw: dict[str, tuple[int, Norms]] = {}  # the pass that came last, and norms of the sum
         self._kept: dict[str, bool] = {}
         self._hooks: dict[str, list[RemovableHandle]] = {}
         self.follow()
@@ -117,10 +121,13 @@ class GradientWatch:
         gradients = self.taken()
         if not gradients:
             return Changes({}, {})
-        given = torch.stack([_norms(g) for g in gradients.values()]).double().cpu()  # shape: (n, 2)
-        dead, nothing = len(self.passes) - len(self.alive()), torch.zeros(2)
+        dead, nothing = len(self.passes) - len(self.alive()), (torch.zeros(()), torch.zeros(()))
         noted = [self._raw.get(name, (0, nothing)) for name in gradients]
-        raw = torch.stack([(norms if k > dead else nothing).cpu() for k, norms in noted]).double()
+        raw = _table([norms if k > dead else nothing for k, norms in noted])  # shape: (n, 2)
+        given = _table([(_norm(g),) for g in gradients.values()])
+        if torch.equal(raw[:, :1], given) and bool(raw.isfinite().all()):
+            return Changes(dict.fromkeys(gradients, 1.0), {})  # untouched: the same bits by the same sum
+        given = torch.cat([given, _table([(_norm(g, math.inf),) for g in gradients.values()])], dim=1)
         if not (raw.isfinite().all() and given.isfinite().all()):
             raise NotFiniteError("gradients must be finite, found NaN or infinity; the training diverged")
         return explained(gradients, raw, given)
@@ -145,7 +152,7 @@ class GradientWatch:
                 self.passes.append(BackwardPass(forward))
             self._kept[name] = parameter.grad is not None and bool(parameter.grad.any())
             self.passes[-1].fresh &= not (self._kept[name] and name in self._counting)
-            self.passes[-1].norms[name] = _norms(gradient)
+            self.passes[-1].norms[name] = (_norm(gradient), _norm(gradient, math.inf))
 
         return note
 
@@ -153,7 +160,7 @@ class GradientWatch:
         def add(parameter: Tensor) -> None:
             if name in self._kept:
                 grown = parameter.grad if self._kept[name] else None
-                norms = self.passes[-1].norms[name] if grown is None else _norms(grown)
+                norms = self.passes[-1].norms[name] if grown is None else (_norm(grown), _norm(grown, math.inf))
                 self._raw[name] = (len(self.passes), norms)
 
         return add
@@ -198,8 +205,14 @@ def _check_cut(gradients: Sequence[Tensor], raw: Tensor, given: Tensor, factor: 
 
 
 @torch.no_grad()
-def _norms(gradient: Tensor) -> Tensor:
-    """Euclidean and largest norm, shape (2,)."""
-    exact = torch.promote_types(gradient.dtype, torch.float32)
-    norms = [torch.linalg.vector_norm(gradient.detach(), order, dtype=exact) for order in (2, float("inf"))]
-    return torch.stack(norms)
+def _norm(gradient: Tensor, order: float = 2.0) -> Tensor:
+    if gradient.element_size() < 4:  # the squares of half precision overflow
+        gradient = gradient.float()
+    return torch.linalg.vector_norm(gradient, order)
+
+
+def _table(norms: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    """Norms of n tensors, one row each."""
+    device = norms[0][0].device
+    flat = torch.stack([value.to(device) for row in norms for value in row])
+    return flat.double().cpu().reshape(len(norms), -1)
