@@ -6,6 +6,7 @@ The loop is an ordinary one. `Loop` holds what it needs; a *take* makes one opti
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,9 +69,10 @@ class Loop:
             self.average.update_parameters(self.model)
 
     def state(self) -> dict[str, Any]:
-        """A checkpoint, as users write them."""
+        """A checkpoint, as users write them to a file."""
         held = {name: part.state_dict() for name, part in self._parts().items()}
-        return held | {"scaler": self.scaler.state_dict(), "taken": self.taken, "random": torch.get_rng_state()}
+        held |= {"scaler": self.scaler.state_dict(), "taken": self.taken, "random": torch.get_rng_state()}
+        return deepcopy(held)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""

@@ -46,7 +46,7 @@ def train(case: Case, act: Activation, dtype: torch.dtype, folder: Path, budget:
             _run(case, loop, data)
         assert loop.recorder is not None
         loop.recorder.close()
-        audited = (loop.average or loop.model).eval()
+        audited = (loop.average.module if loop.average else loop.model).eval()
         subject = Subject(
             audited, data.train, data.queries, path=folder, loss=case.loss, augment=case.augment, name=case.name
         )
