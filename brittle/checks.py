@@ -161,6 +161,22 @@ def check_labels(targets: Tensor, classes: int, what: str) -> None:
         )
 
 
+WRAPPERS = {
+    "AveragedModel": "module",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+"""Torch's modules around a model, and where they keep it."""
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside what torch wraps around it."""
+    while type(model).__name__ in WRAPPERS:
+        model = getattr(model, WRAPPERS[type(model).__name__])
+    return model
+
+
 def check_model(model: nn.Module) -> None:
     """A module in evaluation mode, with parameters, all of them finite, buffers as well."""
     if not isinstance(model, nn.Module):

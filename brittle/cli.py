@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +17,14 @@ import click
 
 from brittle._version import __version__
 from brittle.blame import described
-from brittle.errors import UsageError
+from brittle.errors import SubjectError, UsageError
 from brittle.exits import terminable, verdict
 
 PRESETS = ("quick", "standard", "thorough")
 """Those of `brittle.pipeline`, which is too heavy to ask for `--help`."""
+
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+"""Of the doctor's verdicts, on a terminal."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
 
 
-Command = Callable[..., None]
+Command = Callable[..., Any]
 Option = Callable[[Command], Command]
 
 
@@ -53,23 +57,35 @@ def debuggable(command: Command) -> Command:
     return click.option("--debug", is_flag=True, is_eager=True, expose_value=False, callback=note, help=help)(command)
 
 
-def audits(command: Command) -> Command:
-    """Add the options of everything that looks at a subject."""
-    options: list[Option] = [
+def looks(command: Command) -> Command:
+    """Add what says which subject is looked at, and how."""
+    return _with(
+        command,
         click.argument("spec"),
-        click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder."),
         click.option(
             "-p", "options", multiple=True, callback=_pairs, metavar="KEY=VALUE", help="Option of the factory."
         ),
         click.option("--queries", type=click.IntRange(min=1), help="Inputs whose predictions are explained."),
-        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all randomness."),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps, ..."),
         click.option(
             "--preset", type=click.Choice(PRESETS), default=PRESETS[0], show_default=True, help="How much work."
         ),
-        click.option("--no-progress", is_flag=True, help="Draw no progress bars."),
         debuggable,
-    ]
+    )
+
+
+def audits(command: Command) -> Command:
+    """Add the options of everything that writes a run folder."""
+    return _with(
+        command,
+        click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder."),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all randomness."),
+        click.option("--no-progress", is_flag=True, help="Draw no progress bars."),
+        looks,
+    )
+
+
+def _with(command: Command, *options: Option) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
@@ -113,6 +129,31 @@ def audit(
         subject = load_subject(spec, options)
         findings = pipeline.audit(subject, out, spec=spec, options=options, progress=not no_progress, **settings)
     click.echo(headline(findings, out / "report.html"))
+
+
+@commands.command()
+@looks
+@click.pass_context
+def doctor(context: click.Context, spec: str, options: dict[str, str], queries: int | None, **settings: Any) -> int:
+    """Try one batch of everything, and say what an audit would fail on, what it will cost, and the remedy.
+
+    SPEC is file.py:make or package.module:make. Exit status 3 where the audit would fail.
+    """
+    from brittle.doctor import admitted, examine, listed, summary
+
+    subject, found = admitted(spec, options)
+    if subject is not None:
+        settings |= {} if queries is None else {"queries": queries}
+        seen = examine(subject, **settings)
+        found += seen[1:] if found else seen  # where the door refused it, the first line would say otherwise
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for check, text in zip(found, listed(found, width), strict=True):
+        word = len(check.verdict)
+        click.echo(click.style(text[:word], fg=COLOURS[check.verdict]) + text[word:])
+        if check.error is not None and context.obj["debug"]:
+            traceback.print_exception(check.error)
+    click.echo(f"\n{summary(found, whole=subject is not None)}")
+    return SubjectError.exit_status if any(check.verdict == "fail" for check in found) else 0
 
 
 def _check_device(name: str) -> None:

@@ -31,7 +31,9 @@ def fingerprints(subject: Subject) -> dict[str, str]:
     """Short SHA-256 digests of the subject's weights and data."""
     parts = {"train": subject.train, "test": subject.test, "pool": subject.pool}
     prints = {what: digest(part.inputs, part.targets) for what, part in parts.items() if part is not None}
-    prints |= {"checkpoints": digest(*Checkpoints(subject).states)} if subject.checkpoints else {}
+    if subject.checkpoints:
+        path = Checkpoints(subject)
+        prints["checkpoints"] = digest(*path.states, torch.tensor(path.lr))
     return {"weights": digest(*subject.model.state_dict().values()), **prints}
 
 

@@ -28,6 +28,7 @@ from brittle.checks import (
     checked_bounds,
     checked_checkpoints,
     checked_scale,
+    unwrapped,
 )
 from brittle.data import Examples
 from brittle.errors import DataError, ModelError, SubjectError
@@ -100,6 +101,7 @@ class Subject:
         put("path", None if self.path is None else Path(self.path))
         put("checkpoints", checked_checkpoints(self.checkpoints, recorded=self.path is not None))
         put("bounds", checked_bounds(self.bounds))
+        put("model", unwrapped(self.model))
         put("name", self.name or type(self.model).__name__)
         check_model(self.model)
         for what, part in self._parts():

@@ -67,7 +67,9 @@ def labels(v: Visit) -> Check:
     if torn:
         i, j = torn[0][0], next(j for j in torn[0] if train.targets[j] != train.targets[torn[0][0]])
         of = [f"{train.name(k)} (a {v.subject.class_names[int(train.targets[k])]})" for k in (i, j)]
-        line = f"equal inputs must have equal labels, {len(torn):,} have several, first {of[0]} and {of[1]}; correct them"
+        line = (
+            f"equal inputs must have equal labels, {len(torn):,} have several, first {of[0]} and {of[1]}; correct them"
+        )
         return Check("labels", "warn", line)
     again = sum(len(ids) - 1 for ids in doubled)
     twice = f"; {again:,} training inputs are copies of others" if again else ""

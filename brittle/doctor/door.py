@@ -103,9 +103,14 @@ def _wide_bounds(given: Given) -> Given:
 
 
 def _labels_in_range(given: Given) -> Given:
-    most = len(given["class_names"]) - 1
+    """Numbered from their smallest where that is all that is wrong; else those outside put to the nearest class."""
     held = {part: given[part] for part in PARTS if isinstance(given[part], Examples)}
-    return {k: Examples(v.inputs, v.targets.clamp(0, most), v.names) for k, v in held.items()} if most > 0 else {}
+    most = len(given["class_names"]) - 1
+    if not held or most < 1:
+        return {}
+    low, high = (int(f(f(v.targets) for v in held.values())) for f in (min, max))
+    moved = low if high - low <= most else 0
+    return {k: Examples(v.inputs, (v.targets - moved).clamp(0, most), v.names) for k, v in held.items()}
 
 
 def _left_out(name: str, value: Any = None) -> Callable[[Given], Given]:

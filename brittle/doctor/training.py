@@ -43,18 +43,20 @@ def known(v: Visit) -> Check:
         )
         return Check("path", "warn", line)
     stored = len(path.marks)
-    states = "the state before every step" if stored == path.steps + 1 else f"{stored:,} states, the steps between replayed"
+    states = (
+        "the state before every step" if stored == path.steps + 1 else f"{stored:,} states, the steps between replayed"
+    )
     line = f"{path.steps:,} steps of {path.optimizer_name}, {states}; {size(_bytes_in(path.root))}"
     if path.optimizer == OBSERVED or path.warnings:
         return Check("path", "warn", f"{line}. {' '.join(path.warnings)}")
     return Check("path", "ok", line)
 
 
-def fitting(v: Visit) -> Check:
-    """Does the path belong to this model and data, and replay?"""
+def fitting(v: Visit) -> Check | None:
+    """Does the path belong to this model and data, and replay? Nothing to say where none was recorded."""
     path = v.path
     if path is None or isinstance(path, Checkpoints):
-        return Check("replay", "ok", "nothing was recorded that could be replayed")
+        return None
     check_path(path, v.subject)
     start, stop = max(intervals(path), key=lambda ends: ends[1] - ends[0])
     if stop == start + 1 or path.optimizer == OBSERVED:

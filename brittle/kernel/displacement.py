@@ -7,6 +7,8 @@ its gradients, so the groups' displacements and the decay's add up to the step:
 
 Where the audited weights are averaged ones, a last segment leads to them, in which every step is taken back by
 what the average lacks of it: U[T, g] = - sum_s behind_s U_s,g.
+
+What moves without a gradient but rounding (biases before batch normalization) goes with the buffers, as in `sweep`.
 """
 
 from __future__ import annotations
@@ -50,12 +52,14 @@ def displaced(
     buffers = flat.state.new_zeros(len(groups) + 1, len(flat))
     moved, lacking, stops = torch.zeros_like(buffers), torch.zeros_like(buffers), set(cuts[1:])
     low: Tensor | None = None
+    hidden = torch.zeros(0, dtype=torch.int64)
     for interval in walk(path, subject, flat):
         for step, after in zip(interval.steps, interval.states()[1:], strict=True):
             if low is None:
                 low = step.state
-                check_step(subject, flat, step)
+                hidden = check_step(subject, flat, step)
             buffers, gone = _split_step(subject, flat, step, labels, buffers)
+            gone[-1, hidden] += (after - step.state)[hidden] - gone[:, hidden].sum(0)
             moved += gone
             if path.average is not None:
                 lacking -= float(path.behind[step.index]) * gone
@@ -95,8 +99,8 @@ def _by_group(subject: Subject, flat: FlatModel, step: WalkedStep, batch: Batch,
     members = torch.zeros(count, len(batch), dtype=flat.state.dtype, device=flat.state.device)
     rows_of = torch.arange(len(batch)).repeat_interleave(len(ids) // len(batch))
     members.index_put_((labels[ids.to(labels.device)], rows_of), shares.to(members), accumulate=True)
-    out, squares = flat.state.new_zeros(count, len(flat)), 0.0
+    out, total = flat.state.new_zeros(count, len(flat)), torch.zeros_like(flat.state)
     for columns, rows in step_pieces(subject, flat, step, batch):
-        out[:, columns] = members @ rows
-        squares += step.taken(columns, rows.sum(0)).double().square().sum().item()
-    return out.mul_(step.share(batch, squares**0.5))
+        out[:, columns], total[columns] = members @ rows, rows.sum(0)
+        del rows
+    return out.mul_(step.share(batch, step.taken(total).double().norm().item()))

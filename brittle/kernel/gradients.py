@@ -153,6 +153,8 @@ def _add(sums: dict[Span, Tensor], flat: FlatModel, call: Call) -> None:
     call.upstream = {k: g.to(flat.state.dtype) for k, g in call.upstream.items()}
     for leaf, gradient in weight_gradients(call).items():
         columns = flat.columns[call.column(leaf)]
+        if columns.start == columns.stop:
+            continue
         span, gradient = (columns.start, columns.stop), gradient.reshape(-1, columns.stop - columns.start)
         sums[span] = sums[span] + gradient if span in sums else gradient
 

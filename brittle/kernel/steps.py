@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from brittle.kernel.gradients import check_sum, row_pieces, sum_of, without_rounding
+from brittle.kernel.gradients import Piece, check_sum, row_pieces, without_rounding
 from brittle.path.flat import FlatModel
 from brittle.path.observed import Batch
 from brittle.path.rerun import batch_gradient, training_loss
@@ -18,20 +19,39 @@ AGREEMENT = {0: 1e-3, 1: 5e-2, 2: 5e-2}
 """Relative distance from plain autograd that row gradients may have, by the precision of the forward pass."""
 
 
-def step_pieces(subject: Subject, flat: FlatModel, step: WalkedStep, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
+def step_pieces(subject: Subject, flat: FlatModel, step: WalkedStep, batch: Batch) -> Iterator[Piece]:
     """Row gradients of one batch of a step, the loss's own weights (1/B for a mean) included: (columns, (B, p))."""
-    flat.load(step.state)
-    coupled = any(isinstance(module, _BatchNorm) for module in flat.model.modules())
-    resting = step.seen.manner.resting
-    for columns, rows in row_pieces(flat, lambda: training_loss(subject, flat, batch, resting), len(batch)):
+    coupled = _couples(flat)
+    for columns, rows in _pieces(subject, flat, step, batch):
         yield columns, without_rounding(rows) if coupled else rows
         del rows  # before the next tensor's are formed
 
 
-def check_step(subject: Subject, flat: FlatModel, step: WalkedStep) -> None:
-    """Check that a step's row gradients add up to its batches' gradients. Raises `UnsupportedError`."""
+def check_step(subject: Subject, flat: FlatModel, step: WalkedStep) -> Tensor:
+    """Check that a step's row gradients add up to its batches' gradients. Raises `UnsupportedError`.
+
+    Returns the coordinates (k,) whose gradient is nothing but rounding, as that of a bias before batch normalization.
+    """
+    hidden = torch.zeros_like(flat.state, dtype=torch.bool)
     for batch in step.batches:
-        found = sum_of(flat, step_pieces(subject, flat, step, batch))
+        found = torch.zeros_like(flat.state)
+        for columns, rows in _pieces(subject, flat, step, batch):
+            found[columns] = rows.sum(0)
+            if _couples(flat):
+                hidden[columns] |= (without_rounding(rows) != rows).any(0)
+            del rows
         flat.load(step.state)
         whole = batch_gradient(subject, flat, batch, step.seen.manner.resting)
         check_sum(flat, found, whole, AGREEMENT[batch.autocast])
+    return hidden.nonzero()[:, 0]
+
+
+def _pieces(subject: Subject, flat: FlatModel, step: WalkedStep, batch: Batch) -> Iterator[Piece]:
+    flat.load(step.state)
+    resting = step.seen.manner.resting
+    return row_pieces(flat, lambda: training_loss(subject, flat, batch, resting), len(batch))
+
+
+def _couples(flat: FlatModel) -> bool:
+    """Whether the rows of a batch see each other."""
+    return any(isinstance(module, _BatchNorm) for module in flat.model.modules())

@@ -18,11 +18,15 @@ Averaged weights (EMA, SWA) are one more straight line, from the last weights w_
     average = w_S - sum_s behind_s D_s,
 
 so that with J~ averaged over that line each step's gradient is Jbar - behind_s J~ (`PathReader.behind`).
+
+A bias before batch normalization has no gradient but rounding, which Adam blows up to whole steps; the running mean
+follows it, and the output does not notice. What such coordinates do beyond what is credited goes where the running
+statistics are, to the row `buffers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,12 +43,19 @@ from brittle.path.walked import Interval, WalkedStep
 from brittle.records import Ledger, Pairs, Progress
 from brittle.subject import Subject
 
+SEGMENTS = 12
+"""Segments that even a short path is cut into."""
+
+EARLY = (1, 2, 4)
+"""Steps after which the path is cut besides: the first steps of adaptive optimizers are the largest."""
+
 
 @dataclass(frozen=True)
 class Quadrature:
     """How finely segments are taken.
 
-    segment: steps that share one averaged gradient. nodes: midpoints to begin with. most: midpoints at most.
+    segment: steps that share one averaged gradient, fewer in a path of less than `SEGMENTS` such, and where the path
+    begins. nodes: midpoints to begin with. most: midpoints at most.
     tolerance: the relative residual aimed at; a segment may miss tolerance * (learned change) / sqrt(segments).
     gauss: Gauss-Legendre nodes, `nodes` of them, in place of midpoints: for smooth models, not refined.
     """
@@ -52,7 +63,7 @@ class Quadrature:
     segment: int = 8
     nodes: int = 3
     most: int = 27
-    tolerance: float = 0.02
+    tolerance: float = 0.015
     gauss: bool = False
 
 
@@ -93,50 +104,56 @@ def sweep(
     q = quadrature or Quadrature()
     flat = FlatModel(subject.model, device)
     check_outputs(subject, flat)
-    account = _Account(subject, flat, inputs, pairs, path, q)
-    done = 0
-    size = 1 if isinstance(path, Checkpoints) else q.segment
-    for segment in _segments(path, subject, flat, size):
-        if not done:
-            check_step(subject, flat, segment.steps[-1])
+    cuts = segment_cuts(path.steps, 1 if isinstance(path, Checkpoints) else q.segment)
+    account = _Account(subject, flat, inputs, pairs, path, q, lines=len(cuts) - 1)
+    for segment in _segments(path, subject, flat, cuts):
+        if segment.steps[-1].index == path.steps - 1:
+            account.hidden = check_step(subject, flat, segment.steps[-1])
         account.take(segment)
-        done += len(segment.steps)
         if progress:
-            progress(done, path.steps)
+            progress(path.steps - segment.steps[0].index, path.steps)
     return account.close()
 
 
-def _segments(path: Path, subject: Subject, flat: FlatModel, size: int) -> Iterator[Interval]:
-    """The path's steps from last to first, `size` at a time (the first ones may be fewer)."""
+def segment_cuts(steps: int, segment: int) -> list[int]:
+    """The steps between which segments lie, 0 and the last included."""
+    size = min(segment, max(1, steps // SEGMENTS))
+    early = [step for step in EARLY if step < steps and size > 1]
+    return sorted({0, *early, *range(steps, 0, -size)})
+
+
+def _segments(path: Path, subject: Subject, flat: FlatModel, cuts: Sequence[int]) -> Iterator[Interval]:
+    """The path's segments between cuts, from last to first."""
     pending: list[WalkedStep] = []
     end: Tensor | None = None
-    drift = 0.0
+    left, drift = list(cuts[:-1]), 0.0
     for interval in walk(path, subject, flat, reverse=True):
         end = interval.end if end is None else end
         pending, drift = interval.steps + pending, max(drift, interval.drift)
-        while len(pending) >= size:
-            yield Interval(pending[-size:], end, drift)
-            end, pending = pending[-size].state, pending[:-size]
+        while left and pending and pending[0].index <= left[-1]:
+            first = left.pop() - pending[0].index
+            yield Interval(pending[first:], end, drift)
+            end, pending = pending[first].state, pending[:first]
             drift = interval.drift if pending else 0.0
-    if pending and end is not None:
-        yield Interval(pending, end, drift)
 
 
 class _Account:
     """The ledger in the making: rows that grow as segments are taken, last segment first."""
 
     def __init__(
-        self, subject: Subject, flat: FlatModel, inputs: Tensor, pairs: Pairs, path: Path, q: Quadrature
+        self, subject: Subject, flat: FlatModel, inputs: Tensor, pairs: Pairs, path: Path, q: Quadrature, lines: int
     ) -> None:
         self.subject, self.flat, self.inputs, self.pairs, self.path, self.q = subject, flat, inputs, pairs, path, q
         device, m = flat.state.device, len(inputs)
         self.output = self.start = outputs_at(subject, flat, path.final().to(device), inputs, pairs)
         first = outputs_at(subject, flat, path.snapshot(0).state, inputs, pairs)
         learned = (self.output - first).abs().mean().item()
-        self.allowed = q.tolerance * learned / max(1.0, path.steps / q.segment) ** 0.5
+        self.allowed = q.tolerance * learned / (lines + (path.average is not None)) ** 0.5
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=device)  # noqa: E731
         self.contributions = zeros(m, len(subject.train))
         self.decay, self.buffers, self.explained, self.moved = zeros(m), zeros(m), zeros(m), zeros(m)
+        self.hidden = torch.zeros(0, dtype=torch.int64)  # coordinates without a gradient but rounding
+        self.hidden_moved, self.hidden_explained = zeros(m), zeros(m)
         self.credit_later = flat.state.new_zeros(m, len(flat))
         self.nodes, self.evaluations, self.drift = q.nodes, 0, 0.0
         self.averaging: Tensor | None = None  # J~ of the line to the averaged weights, shape (M, P)
@@ -172,6 +189,7 @@ class _Account:
         )
         displacement = (high - low).to(line.jacobian)
         self.moved += (line.jacobian[:, :p] @ displacement[:p]).double()
+        self.hidden_moved += (line.jacobian[:, self.hidden] @ displacement[self.hidden]).double()
         self.buffers += (line.jacobian[:, p:] @ displacement[p:]).double()
         self.start = before
         self.evaluations += line.nodes * len(self.inputs)
@@ -183,7 +201,9 @@ class _Account:
         decay = torch.zeros_like(self.decay)
         for pulled, by in ((credit, step.rule.l2), (jacobian, step.rule.decoupled)):
             if not absent(by):
-                decay -= (pulled @ (by * weights)).double()
+                decayed = by * weights
+                decay -= (pulled @ decayed).double()
+                self.hidden_explained -= (pulled[:, self.hidden] @ decayed[self.hidden]).double()
         credit = scaled(step.rule.clip, credit)
         for batch in step.batches:
             ids, shares = batch.credited(self._rows(step, batch, credit))
@@ -196,20 +216,24 @@ class _Account:
     def _rows(self, step: WalkedStep, batch: Batch, credit: Tensor) -> Tensor:
         """What each row of a batch contributed, (M, B)."""
         pulled = torch.zeros(len(credit), len(batch), dtype=torch.float64, device=credit.device)
-        squares = 0.0
+        total = torch.zeros_like(self.flat.state)
         for columns, rows in step_pieces(self.subject, self.flat, step, batch):
             pulled += (credit[:, columns] @ rows.T).double()
-            squares += step.taken(columns, rows.sum(0)).double().square().sum().item()
-        return -step.share(batch, squares**0.5) * pulled
+            total[columns] = rows.sum(0)
+            del rows
+        share = step.share(batch, step.taken(total).double().norm().item())
+        self.hidden_explained -= share * (credit[:, self.hidden] @ total[self.hidden]).double()
+        return -share * pulled
 
     def close(self) -> Swept:
         start, output = self.start.double(), self.output.double()
+        hidden = self.hidden_moved - self.hidden_explained
         ledger = Ledger(
             start=start.cpu(),
             contributions=self.contributions.cpu(),
             decay=self.decay.cpu(),
-            buffers=self.buffers.cpu(),
-            unexplained=(self.moved - self.explained).cpu(),
+            buffers=(self.buffers + hidden).cpu(),
+            unexplained=(self.moved - self.explained - hidden).cpu(),
             residual=(output - start - self.moved - self.buffers).cpu(),
             output=output.cpu(),
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from brittle.checks import unwrapped
 from brittle.errors import UnsupportedError
 from brittle.path.flat import parameters_of
 
@@ -23,7 +24,7 @@ class AverageWatch:
     """Looks at a model's averaged weights after every step; `model` holds them."""
 
     def __init__(self, average: nn.Module, model: nn.Module) -> None:
-        self.model = getattr(average, "module", average)
+        self.model = unwrapped(average)
         ours, theirs = ([p.shape for p in m.parameters()] for m in (model, self.model))
         if ours != theirs:
             raise UnsupportedError(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from brittle.blame import described
-from brittle.errors import PathMismatchError, UsageError
+from brittle.errors import NotFiniteError, PathMismatchError, UsageError
 from brittle.path.flat import FlatModel, layout, state_of
 from brittle.path.observed import Batch, Manner, Snapshot, Step
 from brittle.path.rerun import batch_gradient
@@ -121,7 +121,10 @@ def _state(model: nn.Module, checkpoint: Any, k: int) -> Tensor:
                 f"found {shape}; pass the state dict of this model"
             )
         parts.append(found.detach().cpu().reshape(-1).to(next(model.parameters()).dtype))
-    return torch.cat(parts)
+    state = torch.cat(parts)
+    if not state.isfinite().all():
+        raise NotFiniteError(f"checkpoint {k} must hold finite weights, found NaN or infinity; leave it out")
+    return state
 
 
 def _weights(checkpoint: Any, k: int) -> Mapping[str, Any]:

@@ -88,12 +88,12 @@ def described(tensors: Sequence[Tensor]) -> tuple[float, float, float]:
     if x is None or x.numel() == 0:
         return (float("nan"),) * 3
     with torch.no_grad():
-        exact = torch.promote_types(x.dtype, torch.float32)
-        rows = x.detach().flatten(1).mean(1, dtype=exact)
-        ramp = torch.linspace(0, 1, len(rows), device=x.device, dtype=exact)
-        size = torch.linalg.vector_norm(x.detach(), dtype=exact) / x.numel() ** 0.5
-        mean, root, ordered = torch.stack([rows.mean(), size, (rows * ramp).mean()]).tolist()
-    return mean, root, ordered
+        values = x.detach().reshape(-1)
+        values = values.float() if values.element_size() < 4 else values
+        ramp = torch.linspace(0, 1, len(values), device=x.device, dtype=values.dtype)
+        found = torch.stack([values.sum(), values @ values, values @ ramp]) / len(values)
+        mean, square, ordered = found.tolist()
+    return mean, square**0.5, ordered
 
 
 def random_state(device: torch.device) -> Tensor:

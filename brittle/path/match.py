@@ -11,10 +11,16 @@ from brittle.path.flat import FlatModel, layout, state_of
 from brittle.path.forwards import ForwardWatch
 from brittle.path.observed import Batch, Step
 from brittle.path.optimizers import OBSERVED
-from brittle.path.replay import DRIFT_LIMIT, intervals, retrace
-from brittle.path.rerun import batch_inputs, batch_targets, training_loss
+from brittle.path.replay import DRIFT_LIMIT, intervals, moves_of, retrace
+from brittle.path.rerun import batch_gradient, batch_inputs, batch_targets, training_loss
 from brittle.path.store import PathReader
+from brittle.path.walked import plain_share
 from brittle.subject import Subject
+
+CAUSES = (
+    "the labels, the loss, the normalization or the modules in training mode differ from the training's; hand over what "
+    "it used, or audit without a path"
+)
 
 SAME = 1e-3
 """Relative difference up to which two descriptions of a batch's inputs are the same."""
@@ -45,21 +51,43 @@ def check_path(path: PathReader, subject: Subject) -> None:
             f"{path.largest_id}; pass the data that the recorded training drew from, in its order"
         )
     flat = FlatModel(subject.model)
-    for step in sorted({0, path.steps // 2, path.steps - 1}):
-        start, stop = next((a, b) for a, b in intervals(path) if a <= step < b)
-        before, after = (path.snapshot(at).to(flat.state.device) for at in (start, stop))
-        flat.load(before.state)
+    places = sorted({0, path.steps // 2, path.steps - 1})
+    stretches = [next((a, b) for a, b in intervals(path) if a <= step < b) for step in places]
+    for start, stop in stretches:
+        flat.load(path.snapshot(start).state.to(flat.state.device))
         _check_inputs(subject, flat, path.step(start), start)
-        if path.optimizer == OBSERVED:
-            continue
-        _, off = retrace(path, subject, flat, before, after)
-        if not off <= DRIFT_LIMIT:
-            raise PathMismatchError(
-                f"recomputing step {start} must reproduce the recorded weights, from there to step {stop} it ends "
-                f"{off:.0%} of the way off though the inputs are the same; the labels, the loss, the normalization or "
-                "the modules in training mode differ from the training's; hand over what it used, or audit without a "
-                "path"
-            )
+        if path.optimizer != OBSERVED:
+            _check_steps(path, subject, flat, start, stop)
+    if path.optimizer == OBSERVED:
+        _check_lengths(path, subject, flat, [start for start, _ in stretches])
+
+
+def _check_steps(path: PathReader, subject: Subject, flat: FlatModel, start: int, stop: int) -> None:
+    """Replay the steps between two stored states."""
+    before, after = (path.snapshot(at).to(flat.state.device) for at in (start, stop))
+    _, off = retrace(path, subject, flat, before, after)
+    if not off <= DRIFT_LIMIT:
+        raise PathMismatchError(
+            f"recomputing step {start} must reproduce the recorded weights, from there to step {stop} it ends {off:.0%} "
+            f"of the way off though the inputs are the same; {CAUSES}"
+        )
+
+
+def _check_lengths(path: PathReader, subject: Subject, flat: FlatModel, steps: list[int]) -> None:
+    """Where steps cannot be replayed, hold the lengths of gradients against the recorded ones: one ratio for all."""
+    ratios = []
+    for step in steps:
+        seen, batch = path.step(step), path.step(step).batches[0]
+        flat.load(path.snapshot(step).state.to(flat.state.device))
+        moves, gradient = moves_of(path.recipe(step)), batch_gradient(subject, flat, batch, seen.manner.resting)
+        size = (gradient if moves is None else gradient * moves).double().norm().item()
+        if size and batch.norm and plain_share(seen, batch, batch.norm / size) is None:
+            ratios.append(batch.norm / size)
+    if ratios and (len(ratios) < len(steps) or max(ratios) > (1 + DRIFT_LIMIT) * min(ratios)):
+        raise PathMismatchError(
+            f"recomputing a step must give gradients of the recorded length, or of one multiple of it, found "
+            f"{ratios[0]:.3g} times that at step {steps[0]} and {ratios[-1]:.3g} elsewhere though the inputs are the same; {CAUSES}"
+        )
 
 
 def _check_inputs(subject: Subject, flat: FlatModel, seen: Step, step: int) -> None:

@@ -77,11 +77,13 @@ def matched(
         )
     places = [k for k, one in enumerate(passes) if any(one is living for living in alive)]
     cuts = [call.at for call in calls]
-    behind, before = pairwise([0, *cuts]), pairwise([*cuts, len(passes)])
-    for windows in (behind, before):
-        mine = [stop - 1 for start, stop in windows if stop > start]  # the last pass of each window
-        if len(mine) == len(calls) and [k for k in mine if k in places] == places and places:
-            return [(call, passes[k]) for call, k in zip(calls, mine, strict=True) if k in places]
+    behind = [(call, start, stop) for call, (start, stop) in zip(calls, pairwise([0, *cuts]), strict=True)]
+    before = [(call, start, stop) for call, (start, stop) in zip(calls, pairwise([*cuts, len(passes)]), strict=True)]
+    replaced = [reading for reading in before[:-1] if reading[1] == reading[2]]  # by the next call, before any pass
+    for reading in (behind, [r for r in before if r not in replaced]):
+        mine = [stop - 1 for _, start, stop in reading if stop > start]  # the last pass of each window
+        if len(mine) == len(reading) and [k for k in mine if k in places] == places and places:
+            return [(r[0], passes[k]) for r, k in zip(reading, mine, strict=True) if k in places]
     raise DataError(
         "call recorder.batch(ids) once for every backward pass before optimizer.step(), found "
         f"{len(calls)} calls for {len(alive)} passes whose gradients this step takes"

@@ -237,7 +237,8 @@ class Recorder:
             self._write()
         spending, watch = self._spending, self._watch
         if not (watch.passes or watch.taken()):
-            return  # a step without gradients moves nothing
+            self._forget()  # a step without gradients moves nothing
+            return
         pairs = matched(self._calls, watch.passes, watch.alive())
         changes = watch.changes() if self._processes == 1 else watch.length()
         counted = {name for name, factor in changes.factors.items() if factor}
@@ -261,6 +262,10 @@ class Recorder:
         self._pending += self._steps[-1].nbytes
         self._statistics, self._open = statistics, None
         self.steps += 1
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin the next step anew."""
         self._calls.clear()
         self._watch.forget()
         self._forwards.forget()

@@ -6,11 +6,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 
+from brittle.checks import unwrapped
 from brittle.errors import UnsupportedError
 
 REMEDY = "or audit the trained model without a path"
-WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
-"""Models around a model, and where they keep it."""
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -21,9 +20,7 @@ def bare(model: nn.Module) -> nn.Module:
             "a model under FSDP cannot be recorded, each process holds a part of the weights only; train it with "
             f"DistributedDataParallel or in one process, {REMEDY}"
         )
-    while type(model).__name__ in WRAPPERS:
-        model = getattr(model, WRAPPERS[type(model).__name__])
-    return model
+    return unwrapped(model)
 
 
 def check_training(model: nn.Module) -> None:

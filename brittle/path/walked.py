@@ -44,9 +44,9 @@ class WalkedStep:
             return self.shares[next(k for k, one in enumerate(self.batches) if one is batch)]
         return share_of(self.seen, batch, norm)
 
-    def taken(self, columns: slice, gradient: Tensor) -> Tensor:
-        """The part of some columns of a gradient that the optimizer took."""
-        return gradient if self.moves is None else gradient * self.moves[columns]
+    def taken(self, gradient: Tensor) -> Tensor:
+        """The part of a gradient (P,) that the optimizer took."""
+        return gradient if self.moves is None else gradient * self.moves
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,14 @@ def share_of(seen: Step, batch: Batch, norm: float) -> float:
     """
     if norm == 0 or batch.norm == 0:
         return 1.0
-    ratio = batch.norm / norm
+    plain = plain_share(seen, batch, batch.norm / norm)
+    return batch.norm / norm if plain is None else plain
+
+
+def plain_share(seen: Step, batch: Batch, ratio: float) -> float | None:
+    """The value beside which a ratio of norms lies, None where it lies beside none."""
     for plain in (1.0, 1 / len(seen.batches), len(batch) / seen.examples, float(len(batch))):
         value = plain * 2.0 ** round(math.log2(ratio / plain))
         if abs(ratio / value - 1) <= NEAR[batch.autocast]:
             return value
-    return ratio
+    return None

@@ -45,13 +45,6 @@ PRESETS = {
 }
 
 
-PRESETS = {
-    "quick": Effort(segments=40, nodes=2, clusters=3, route=4, retrainings=5),
-    "standard": Effort(segments=80, nodes=2, clusters=3, route=8, retrainings=10),
-    "thorough": Effort(segments=160, nodes=4, clusters=5, route=8, retrainings=20),
-}
-
-
 @dataclass(frozen=True)
 class Context:
     """What all stages of one audit share."""
