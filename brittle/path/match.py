@@ -18,8 +18,8 @@ from brittle.path.walked import plain_share
 from brittle.subject import Subject
 
 CAUSES = (
-    "the labels, the loss, the normalization or the modules in training mode differ from the training's; hand over what "
-    "it used, or audit without a path"
+    "the labels, the loss, the normalization or the modules in training mode differ from the training's; hand over "
+    "what it used, or audit without a path"
 )
 
 SAME = 1e-3
@@ -68,8 +68,8 @@ def _check_steps(path: PathReader, subject: Subject, flat: FlatModel, start: int
     _, off = retrace(path, subject, flat, before, after)
     if not off <= DRIFT_LIMIT:
         raise PathMismatchError(
-            f"recomputing step {start} must reproduce the recorded weights, from there to step {stop} it ends {off:.0%} "
-            f"of the way off though the inputs are the same; {CAUSES}"
+            f"recomputing step {start} must reproduce the recorded weights, from there to step {stop} it ends "
+            f"{off:.0%} of the way off though the inputs are the same; {CAUSES}"
         )
 
 
@@ -85,8 +85,9 @@ def _check_lengths(path: PathReader, subject: Subject, flat: FlatModel, steps: l
             ratios.append(batch.norm / size)
     if ratios and (len(ratios) < len(steps) or max(ratios) > (1 + DRIFT_LIMIT) * min(ratios)):
         raise PathMismatchError(
-            f"recomputing a step must give gradients of the recorded length, or of one multiple of it, found "
-            f"{ratios[0]:.3g} times that at step {steps[0]} and {ratios[-1]:.3g} elsewhere though the inputs are the same; {CAUSES}"
+            "recomputing a step must give gradients of the recorded length, or of one multiple of it, found "
+            f"{ratios[0]:.3g} times that at step {steps[0]} and {ratios[-1]:.3g} elsewhere though the inputs are the "
+            f"same; {CAUSES}"
         )
 
 
