@@ -200,10 +200,10 @@ class Loop:
 
     def _forward(self, drawn: SeenPass) -> tuple[SeenPass, Tensor]:
         self._set_modes()
+        random, extra = torch.get_rng_state(), () if drawn.weights is None else (drawn.weights,)
+        loss = self.loss(logits_in(self.model(drawn.inputs)), drawn.targets, *extra) * drawn.part
         training = frozenset(name for name, module in self.model.named_modules() if module.training)
-        seen = replace(drawn, random=torch.get_rng_state(), training=training)
-        extra = () if drawn.weights is None else (drawn.weights,)
-        return seen, self.loss(logits_in(self.model(drawn.inputs)), drawn.targets, *extra) * drawn.part
+        return replace(drawn, random=random, training=training), loss
 
     def _set_modes(self) -> None:
         self.model.train()
@@ -317,5 +317,6 @@ class Loop:
 
 
 def state_of(model: nn.Module) -> State:
-    """Copies of a model's parameters and running statistics."""
-    return {k: v.detach().clone() for k, v in model.state_dict().items() if v.is_floating_point()}
+    """Copies of a model's parameters and running statistics, tied ones once."""
+    floats = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    return {name: tensor.detach().clone() for name, tensor in (*model.named_parameters(), *floats.items())}

@@ -134,6 +134,10 @@ def smoothed(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, label_smoothing=0.2)
 
 
+def summed(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
 def by_class(logits: Tensor, targets: Tensor) -> Tensor:
     """The mean is over the weights of the classes in the batch."""
     return F.cross_entropy(logits, targets, weight=torch.tensor([0.5, 1.0, 3.0]))
@@ -148,6 +152,44 @@ def noisy(x: Tensor) -> Tensor:
     """Mirrored half of the time, and a little noise."""
     x = x.flip(-1) if torch.rand(()) < 0.5 else x
     return (x + 0.1 * torch.randn(x.shape)).clamp(0, 1)
+
+
+def _scaler() -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
+
+
+def _look(model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    """Passes that nothing is learned from, one of them with gradients, and one that moves running statistics."""
+    x = torch.rand(7, *SHAPES[type(next(model.children()))])
+    model.eval()(x)
+    with torch.no_grad():
+        model.train()(x)
+
+
+SHAPES: dict[type[nn.Module], tuple[int, ...]] = {nn.Linear: (4,), nn.Conv2d: (1, 5, 5)}
+
+
+def _thaw(model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    for parameter in _first_half(model):
+        parameter.requires_grad_(step >= 4)
+
+
+def _freeze_by_turns(model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    for parameter in _first_half(model):
+        parameter.requires_grad_(step % 4 < 2)
+
+
+def _all_but_first(model: nn.Module) -> Optimizer:
+    return AdamW(list(model.parameters())[1:], lr=0.05, weight_decay=0.1, eps=1e-3)
+
+
+def _add_first(model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    if step == 4:
+        optimizer.add_param_group({"params": next(model.parameters()), "lr": 0.02})
+
+
+def _momentum_by_turns(model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    optimizer.param_groups[0]["momentum"] = 0.9 if step % 5 > 1 else 0.0
 
 
 def _update_by_hand(average: nn.Module, model: nn.Module) -> None:
@@ -168,9 +210,18 @@ def _ema(model: nn.Module, buffers: bool = False) -> nn.Module:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=buffers)
 
 
+def _slowly(update: int) -> float:
+    return min(0.8, (1 + update) / (10 + update))
+
+
 EMA = Averaging(_ema, _torch_update, lambda n: 0.8 if n else 0.0)
 EMA_BUFFERS = replace(EMA, make=lambda m: _ema(m, buffers=True))
-SWA = Averaging(AveragedModel, _torch_update, lambda n: n / (n + 1), begin=7, every=2)
+WARMED_UP = replace(
+    EMA,
+    make=lambda m: AveragedModel(m, avg_fn=lambda mean, new, n: mean.lerp(new, 1 - _slowly(int(n)))),
+    keep=lambda n: _slowly(n) if n else 0.0,
+)
+SWA = Averaging(AveragedModel, _torch_update, lambda n: n / (n + 1), begin=5, every=2)
 BY_HAND = Averaging(copy.deepcopy, _update_by_hand, lambda n: 0.8)
 
 MOMENTUM = RECIPES["momentum l2"]
@@ -186,6 +237,8 @@ LOOPS = {
     "clip each tensor": replace(ADAMW, change=lambda m: [clip_grad_norm_(p, 0.05) for p in m.parameters()]),
     "accumulation": replace(MOMENTUM, passes=3),
     "accumulation, clipped": replace(ADAMW, passes=2, clip=0.1),
+    "accumulation, incomplete": replace(MOMENTUM, passes=2, epochs=True),
+    "summed": replace(_by(SGD, lr=0.03, momentum=0.9), loss=summed, passes=2, epochs=True),
     "label smoothing": replace(MOMENTUM, loss=smoothed),
     "class weights": replace(MOMENTUM, loss=by_class),
     "example weights": replace(MOMENTUM, loss=by_example, weighted=True),
@@ -196,13 +249,19 @@ LOOPS = {
     "augmented, accumulated": replace(ADAMW, augment=Augmentation(noisy, seed=3), passes=2),
     "attacked": replace(MOMENTUM, attack="eval", told="before"),
     "attacked in training mode": replace(MOMENTUM, attack="train"),
-    "scaler": replace(MOMENTUM, scaler=lambda: torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)),
-    "scaler, clipped adam": replace(
-        ADAMW, clip=0.1, scaler=lambda: torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
-    ),
+    "attacked by backward": replace(MOMENTUM, attack="backward"),
+    "attacked by backward, told before": replace(MOMENTUM, attack="backward", told="before"),
+    "attacked, accumulated": replace(MOMENTUM, attack="train", passes=2),
+    "scaler": replace(MOMENTUM, scaler=_scaler),
+    "scaler, told before": replace(MOMENTUM, scaler=_scaler, told="before"),
+    "scaler, clipped adam": replace(ADAMW, clip=0.1, scaler=_scaler),
+    "scaler, accumulated": replace(MOMENTUM, scaler=_scaler, passes=2),
+    "scaler, gradients kept at zero": replace(MOMENTUM, scaler=_scaler, keep_zeros=True),
+    "scaler, fused": replace(_by(AdamW, lr=0.05, eps=1e-3, fused=True), scaler=_scaler, fused=True),
     "ema": replace(MOMENTUM, average=EMA),
     "ema of buffers": replace(ADAMW, average=EMA_BUFFERS),
     "ema by hand": replace(ADAMW, average=BY_HAND),
+    "ema warmed up": replace(MOMENTUM, average=WARMED_UP),
     "swa": replace(MOMENTUM, average=SWA),
     "swa, statistics anew": replace(MOMENTUM, average=replace(SWA, refresh=True)),
     "fine-tuning": replace(ADAMW, tuned=True),
@@ -215,8 +274,15 @@ LOOPS = {
     "resting statistics": replace(MOMENTUM, resting=True),
     "gradients kept at zero": replace(MOMENTUM, keep_zeros=True),
     "gradients kept at zero, adam": replace(ADAMW, keep_zeros=True),
+    "looked at between": replace(MOMENTUM, between=_look),
+    "thawed": replace(ADAMW, between=_thaw),
+    "frozen by turns": replace(_by(NAdam, lr=0.05, weight_decay=0.1, eps=1e-3), between=_freeze_by_turns),
+    "frozen by turns, gradients kept at zero": replace(MOMENTUM, between=_freeze_by_turns, keep_zeros=True),
+    "a group more": replace(ADAMW, optimizer=_all_but_first, between=_add_first),
+    "momentum by turns": replace(RECIPES["dampening"], between=_momentum_by_turns),
     "resumed": replace(MOMENTUM, resume=5),
     "resumed adam": replace(ADAMW, schedule=RECIPES["one cycle adam"].schedule, resume=5),
     "resumed ema": replace(ADAMW, resume=5, average=EMA),
+    "resumed scaler": replace(MOMENTUM, resume=5, scaler=_scaler),
 }
 """What a training loop may do besides."""
