@@ -40,13 +40,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 def read_bytes(path: Path) -> bytes:
     """The content of a file that `write_bytes` wrote. Raises `DamagedFileError` where its checksum differs."""
     try:
-        content, noted = path.read_bytes(), _checksum(path).read_text(errors="replace").split()
+        content, noted = path.read_bytes(), _checksum(path).read_text(errors="replace").strip()
     except FileNotFoundError as error:
         raise DamagedFileError(f"{path} must exist with its checksum beside it; {error.filename} is missing") from error
     found = hashlib.sha256(content).hexdigest()
-    if noted[:1] != [found]:
+    if noted != f"{found}  {path.name}":
         raise DamagedFileError(
-            f"{path} is damaged: its checksum is {found[:12]}, expected {''.join(noted[:1])[:12]}; "
+            f"{path} is damaged: its checksum is {found[:12]}, expected {noted[:80]!r}; "
             "delete it and run the command again"
         )
     return content

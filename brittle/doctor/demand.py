@@ -41,6 +41,9 @@ CLUSTER = 10
 PASSES = {"advance": 6, "pull back": 4, "bootstrap": 400_000}
 """Times that a number is touched: of a group's buffer in a step, of a query's, and of an input in a comparison."""
 
+WRITING = 8.0
+"""Seconds for loading, clusters, figures and tables, about."""
+
 PAGE = 8 << 20
 """Bytes of the report, its figures and tables."""
 
@@ -124,6 +127,7 @@ class Demand:
             "agreement": self._agreement(speed),
             "suggestions": self._suggestions(speed) if self.pool else 0.0,
             "retraining": self._retraining(speed) if self.pool and self.retrained else 0.0,
+            "report": WRITING,
         }
         return {name: seconds for name, seconds in stages.items() if seconds}
 

@@ -17,10 +17,8 @@ allows, then every second, fourth, ... step; what lies between is replayed.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,6 +31,7 @@ from brittle.path import store
 from brittle.path.average import AverageWatch
 from brittle.path.flat import layout, parameters_of, state_of, statistics_of
 from brittle.path.forwards import ForwardWatch, resting
+from brittle.path.keeping import Keeper
 from brittle.path.observed import Manner, Snapshot, Step
 from brittle.path.passes import Call, batch_of, checked_call, matched
 from brittle.path.processes import check_all_record, gathered, world
@@ -40,12 +39,6 @@ from brittle.path.spending import Spending
 from brittle.path.taking_up import cut, state_at
 from brittle.path.training import bare, check_training, counts_batches
 from brittle.path.watch import GradientWatch
-from brittle.path.writer import Writer
-
-BLOCK_BYTES = 64 << 20
-BLOCK_SECONDS = 30.0
-BLOCKS_IN_BUDGET = 8
-"""A block takes at most this part of the budget, so that the budget holds while the last one is written."""
 
 
 class Recorder:
@@ -82,13 +75,13 @@ class Recorder:
         repeats: bool = False,
         resume: int | None = None,
     ) -> None:
-        self.root, self.budget, self.every, self.steps = Path(out), budget, 1, 0
+        self.root = Path(out)
         if resume is None and store.finished(self.root):
             raise DataError(
                 f"{self.root} already holds a finished path; name another folder, delete it, or go on with resume="
             )
         self._model, self._repeats = bare(model), repeats
-        self._rank, self._processes = world()
+        rank, self._processes = world()
         check_all_record()
         check_training(self._model)
         self._slots = layout(self._model)
@@ -98,19 +91,26 @@ class Recorder:
         self._counts_batches = counts_batches(self._model)
         self._calls: list[Call] = []
         self._open: Step | None = None
-        self._steps: list[Step] = []
-        self._snapshots: list[Snapshot] = []
-        self._sizes: dict[int, int] = {}  # bytes of the state before each step that has one
-        self._pending, self._since = 0, time.monotonic()  # bytes in memory that are not written yet
-        self._writer = Writer()
         self._statistics = statistics_of(self._model).cpu()
-        self._resume(resume)
+        self._keeper = Keeper(self.root, budget, writes=rank == 0)
+        if rank == 0:
+            self._begin(resume)
         self._watch = GradientWatch(self._parameters, lambda: self._forwards.last, lambda: self._spending.trained)
         self._forwards = ForwardWatch(self._model, self._watch.follow)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+
+    @property
+    def steps(self) -> int:
+        """The number of steps so far."""
+        return self._keeper.steps
+
+    @property
+    def every(self) -> int:
+        """A state is stored before every so many steps."""
+        return self._keeper.every
 
     def batch(
         self,
@@ -146,35 +146,26 @@ class Recorder:
         Where weights are averaged, call it after the average has been updated.
         """
         self._look_at_average()
-        self._remember()
-        self._write()
-        self._writer.wait()
+        self._keeper.add_state(self._snapshot())
+        self._keeper.write(wait=True)
         return self.steps
 
     def close(self) -> None:
         """Store the final weights and finish the path. Call it once, after the last step."""
-        self.release()
-        if self._rank or store.finished(self.root):
+        self._unhook()
+        if store.finished(self.root):
             return
         if self.steps == 0:
             raise DataError("a path needs at least one optimizer.step() between Recorder(...) and close(), found none")
         self._look_at_average()
-        self._write()
-        if self.steps not in self._sizes:
-            last = self._snapshot()
-            self._sizes[self.steps] = last.nbytes
-            self._writer.submit(store.write_states, self.root, [last], self.every)
-        self._writer.wait()
-        if self._average is not None:
-            store.write_average(self.root, state_of(self._average.model).cpu())
-        store.write_end(self.root, self.steps, sorted(self._sizes))
+        average = None if self._average is None else state_of(self._average.model).cpu()
+        self._keeper.finish(self._snapshot(), average)
+        self._keeper.stop()
 
     def release(self) -> None:
         """Let go of model and optimizer without finishing the path, as after an error; what was written stays."""
-        self._watch.close()
-        self._forwards.close()
-        for hook in self._hooks:
-            hook.remove()
+        self._unhook()
+        self._keeper.stop()
 
     def __enter__(self) -> Recorder:
         return self
@@ -187,11 +178,15 @@ class Recorder:
         else:
             self.release()
 
-    def _resume(self, at: int | None) -> None:
+    def _unhook(self) -> None:
+        self._watch.close()
+        self._forwards.close()
+        for hook in self._hooks:
+            hook.remove()
+
+    def _begin(self, at: int | None) -> None:
         """Begin the folder, or take it up again after `at` steps."""
-        spending, self.steps = self._spending, at or 0
-        if self._rank:
-            return
+        spending = self._spending
         if at is None:
             store.clear(self.root)
             store.write_header(self.root, self._slots, spending.kind, spending.name, spending.warnings)
@@ -204,10 +199,8 @@ class Recorder:
             )
         if there is not None:
             spending.restore(there.buffers)
-        self._sizes = cut(self.root, at)
-        widest = max((b - a for a, b in pairwise(self._sizes)), default=1)
-        self.every = 1 << (widest.bit_length() - 1)
-        self._remember()
+        self._keeper.take_up(at, cut(self.root, at))
+        self._keeper.add_state(self._snapshot())
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -232,9 +225,8 @@ class Recorder:
         if self._spending.skipped():
             return
         self._look_at_average()
-        full = self._pending >= min(BLOCK_BYTES, self.budget / BLOCKS_IN_BUDGET)
-        if full or time.monotonic() - self._since > BLOCK_SECONDS:
-            self._write()
+        if self._keeper.full:
+            self._keeper.write()
         spending, watch = self._spending, self._watch
         if not (watch.passes or watch.taken()):
             self._forget()  # a step without gradients moves nothing
@@ -243,8 +235,8 @@ class Recorder:
         changes = watch.changes() if self._processes == 1 else watch.length()
         counted = {name for name, factor in changes.factors.items() if factor}
         batches = tuple(gathered([batch_of(call, one, counted) for call, one in pairs]))
-        if self.steps % self.every == 0:
-            self._remember()
+        if self._keeper.wants_state:
+            self._keeper.add_state(self._snapshot())
         counts, factors, bounds = spending.begin(changes)
         last = pairs[-1][1].forward
         at_rest = last.resting if last else resting(self._model)
@@ -258,10 +250,8 @@ class Recorder:
         statistics = statistics_of(self._model).cpu()
         alone = self._forwards.count == len(self._open.batches) and not self._counts_batches
         kept = None if alone or not len(statistics) else statistics
-        self._steps.append(replace(self._open, extra=self._spending.end(), statistics=kept))
-        self._pending += self._steps[-1].nbytes
+        self._keeper.add_step(replace(self._open, extra=self._spending.end(), statistics=kept))
         self._statistics, self._open = statistics, None
-        self.steps += 1
         self._forget()
 
     def _forget(self) -> None:
@@ -270,40 +260,11 @@ class Recorder:
         self._watch.forget()
         self._forwards.forget()
 
-    def _write(self) -> None:
-        """Hand what is in memory to the writer; halve the density of stored states until the budget holds."""
-        steps, snapshots = self._steps, self._snapshots
-        self._steps, self._snapshots, self._pending, self._since = [], [], 0, time.monotonic()
-        if self._rank:  # the first process writes
-            return
-        if snapshots:
-            self._writer.submit(store.write_states, self.root, snapshots, self.every)
-        if steps:
-            self._writer.submit(store.write_steps, self.root, self.steps - len(steps), steps)
-        room = self.budget * (1 - 1 / BLOCKS_IN_BUDGET)
-        while sum(self._sizes.values()) > room and self.every <= self.steps:
-            self.every *= 2
-            self._sizes = {mark: size for mark, size in self._sizes.items() if mark % self.every == 0}
-            self._writer.submit(store.thin_states, self.root, self.every)
-
     def _look_at_average(self) -> None:
         """Note how the average moved since the last step."""
         share = self._average.share() if self._average is not None else 0.0
-        if not share:
-            return
-        if not self._steps:
-            raise DataError(
-                "flush() must be called after the averaged weights have been updated for the step, found them updated "
-                "later; move the call of flush() behind the update"
-            )
-        self._steps[-1] = replace(self._steps[-1], averaged=share)
-
-    def _remember(self) -> None:
-        """Keep the present state."""
-        if not (self._rank or (self._snapshots and self._snapshots[-1].step == self.steps)):
-            self._snapshots.append(self._snapshot())
-            self._sizes[self.steps] = self._snapshots[-1].nbytes
-            self._pending += self._snapshots[-1].nbytes
+        if share:
+            self._keeper.note_average(share)
 
     def _snapshot(self) -> Snapshot:
         state = torch.cat([parameters_of(self._model).cpu(), self._statistics])

@@ -26,6 +26,10 @@ class Writer:
         """Return when all is written."""
         self._forget_done(keep=0)
 
+    def stop(self) -> None:
+        """Give up what has not begun; returns when nothing is being written any more."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
     def _forget_done(self, keep: int) -> None:
         while self._waiting and (self._waiting[0].done() or len(self._waiting) > keep):
             self._waiting.pop(0).result()
