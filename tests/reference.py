@@ -421,16 +421,17 @@ def account(
 ) -> Account:
     """The ledger of every input. moved: (segments, N + 1, P). cuts: between which the path is taken as straight.
 
-    nodes: midpoints, or Gauss-Legendre nodes, of each stretch between cuts.
+    nodes: midpoints, or Gauss-Legendre nodes, of each stretch between cuts. The row `buffers` is what nobody is
+    credited with: running statistics, and a bias before batch normalization, whose gradient is nothing but rounding.
     """
     cuts = list(range(seen.segments + 1)) if cuts is None else cuts
-    count, size = moved.shape[1] - 1, sum(p.numel() for p in seen.model.parameters())
+    count = moved.shape[1] - 1
     rows: dict[str, list[Tensor]] = {name: [] for name in Account.__dataclass_fields__}
     for x, pair in zip(inputs, pairs, strict=True):
         contributions, decayed, buffers = torch.zeros(count), torch.zeros(()), torch.zeros(())
         for a, b in pairwise(cuts):
             low, high = seen.state(a), seen.state(b)
-            statistics = (flat(high, seen) - flat(low, seen))[size:]
+            uncredited = flat(high, seen) - flat(low, seen) - moved[a:b].sum((0, 1))
             for at, weight in _rule(nodes, gauss):
                 between = {n: low[n] + at * (high[n] - low[n]) for n in low}
                 j = weight * jacobian(seen, between, x, pair)
@@ -438,7 +439,7 @@ def account(
                     for i in range(count):
                         contributions[i] += j @ moved[s, i]
                     decayed += j @ moved[s, count]
-                buffers += j[size:] @ statistics
+                buffers += j @ uncredited
         start, end = output(seen, seen.state(0), x, pair), output(seen, seen.final, x, pair)
         rows["start"].append(start)
         rows["contributions"].append(contributions)

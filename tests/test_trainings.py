@@ -99,7 +99,9 @@ CROSSED = {
 """Models whose training differs by more than their gradients, and one or two of the others."""
 
 PLAIN = [("tanh", recipe) for recipe in (*RECIPES, *VARIANTS, *LOOPS)]
-TRAININGS = PLAIN + [(case, recipe) for case, recipes in CROSSED.items() for recipe in recipes]
+TRAININGS = PLAIN + [
+    pytest.param(case, recipe, marks=pytest.mark.slow) for case, recipes in CROSSED.items() for recipe in recipes
+]
 
 
 # ------------------------------------------------------------------------------------------------------- the reference
