@@ -44,11 +44,10 @@ def read_bytes(path: Path) -> bytes:
     except FileNotFoundError as error:
         raise DamagedFileError(f"{path} must exist with its checksum beside it; {error.filename} is missing") from error
     found = hashlib.sha256(content).hexdigest()
-    if noted != f"{found}  {path.name}":
-        raise DamagedFileError(
-            f"{path} is damaged: its checksum is {found[:12]}, expected {noted[:80]!r}; "
-            "delete it and run the command again"
-        )
+    expected, _, name = noted.partition("  ")
+    if expected != found or name != path.name:
+        reason = f"its checksum is {found[:12]}, expected {expected[:12]}" if expected != found else f"it is {name}"
+        raise DamagedFileError(f"{path} is damaged: {reason}; delete it and run the command again")
     return content
 
 

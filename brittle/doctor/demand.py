@@ -103,10 +103,15 @@ class Demand:
         return self.segments * (self.groups + 2) * self.state * self.itemsize
 
     @property
+    def query_bytes(self) -> int:
+        """What the ledger holds of its outputs: gradients, and the buffers of the walk back."""
+        return (5 if self.known.steps else 2) * self.accounted * self.state * self.itemsize
+
+    @property
     def held_bytes(self) -> int:
-        """Memory (RAM) at the fullest: the group memory while it is written, or the buffers of the sweep's queries."""
-        sweep = 5 * self.accounted * self.state * self.itemsize
-        return max(2 * self.memory_bytes, sweep) + (self.train + self.test + self.pool) * self.pixels * self.itemsize
+        """Memory (RAM) at the fullest: the group memory while it is written, or the ledger's outputs."""
+        data = (self.train + self.test + self.pool) * self.pixels * self.itemsize
+        return max(2 * self.memory_bytes, self.query_bytes) + data
 
     @property
     def written_bytes(self) -> int:

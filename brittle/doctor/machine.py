@@ -39,10 +39,10 @@ def memory(v: Visit) -> Check:
     needed = demand.held_bytes + LIBRARIES
     line = f"about {size(needed)} at the fullest, {size(there)} in this machine"
     if needed > there:
-        smaller = "" if v.preset == "quick" else ", or --preset quick"
-        groups = f"{demand.segments} segments x {demand.groups} groups x {demand.state:,} weights"
-        return Check("memory", "fail", f"an audit must fit into memory, found {line} ({groups}); take a larger machine"
-                     f"{smaller}")  # fmt: skip
+        remedy = "take a larger machine" if v.preset == "quick" else "take --preset quick, or a larger machine"
+        if demand.query_bytes > 2 * demand.memory_bytes:
+            remedy = "ask for fewer --queries"
+        return Check("memory", "fail", f"an audit must fit into memory, found {line}; {remedy}")
     return Check("memory", "warn" if needed > there / 2 else "ok", line)
 
 

@@ -14,7 +14,7 @@ from brittle.data import Examples
 from brittle.doctor.check import Check, Visit
 from brittle.subject import Subject, replace_quietly
 
-ROWS, SAMPLE = 16, 1_000
+ROWS, SAMPLE = 16, 500
 """Inputs that are looked at one by one, and inputs on which accuracy is measured."""
 
 SAME = 1e-3

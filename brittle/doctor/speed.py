@@ -14,6 +14,7 @@ from brittle.agreement.baselines import trust_score
 from brittle.attacks.apgd import auto_pgd
 from brittle.attacks.problem import Problem
 from brittle.attacks.suite import BLOCK, default_epsilon
+from brittle.data import Examples
 from brittle.doctor.check import Visit
 from brittle.doctor.gradients import first_step
 from brittle.kernel.differentiable import differentiable_mass
@@ -24,6 +25,7 @@ from brittle.kernel.steps import step_pieces
 from brittle.path.flat import FlatModel
 from brittle.path.rerun import batch_gradient
 from brittle.records import Pairs
+from brittle.subject import Subject
 
 LONG = 1.0
 """Seconds from which a call is not timed again."""
@@ -58,9 +60,11 @@ def measured(v: Visit, groups: int) -> Speed:
     grouped, by_class = (_one_segment(flat, rows) for rows in (groups, s.classes))
     guide = differentiable_mass(by_class, s, v.device)
     step = first_step(v)
+    forward = timed(lambda: s.predict(s.test.inputs[:BLOCK])) / min(len(s.test), BLOCK)
+    attacked = s.test[: max(8, min(BLOCK, int(LONG / (3 * CLIMB * forward))))]
     return Speed(
-        forward=timed(lambda: s.predict(s.test.inputs[:1024])) / min(len(s.test), 1024),
-        attack=timed(lambda: _attack(v)) / CLIMB / min(len(s.test), BLOCK),
+        forward=forward,
+        attack=timed(lambda: _attack(s, attacked)) / CLIMB / len(attacked),
         gradient=timed(lambda: mass(grouped, s, x, pairs, v.device)) / len(x),
         guide=timed(lambda: _differentiated(guide, some, pairs[: len(some)])) / len(some),
         rows=timed(lambda: sum_of(flat, step_pieces(s, flat, step, step.batches[0]))),
@@ -91,12 +95,11 @@ def _one_segment(flat: FlatModel, rows: int) -> Memory:
     return Memory(ends, torch.zeros(1, rows + 1, len(flat), dtype=ends.dtype), nodes=1)
 
 
-def _attack(v: Visit) -> None:
-    s = v.subject
-    device = next(s.model.parameters()).device
-    x = s.test.inputs[:BLOCK].to(device)
-    problem = Problem(partial(s.class_logits, s.model), x, s.test.targets[:BLOCK].to(device), "linf", s.bounds)
-    auto_pgd(problem, default_epsilon("linf", s), generator=torch.Generator().manual_seed(0), steps=CLIMB)
+def _attack(subject: Subject, examples: Examples) -> None:
+    device = next(subject.model.parameters()).device
+    inputs, labels = examples.inputs.to(device), examples.targets.to(device)
+    problem = Problem(partial(subject.class_logits, subject.model), inputs, labels, "linf", subject.bounds)
+    auto_pgd(problem, default_epsilon("linf", subject), generator=torch.Generator().manual_seed(0), steps=CLIMB)
 
 
 def _differentiated(

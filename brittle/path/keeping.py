@@ -20,7 +20,7 @@ from brittle.path.writer import Writer
 BLOCK_BYTES = 64 << 20
 BLOCK_SECONDS = 30.0
 BLOCKS_IN_BUDGET = 8
-"""A block takes at most this part of the budget, so that the budget holds while the last one is written."""
+"""A block takes at most this part of the budget: it holds while one is written, and while another is thinned."""
 
 
 class Keeper:
@@ -89,7 +89,7 @@ class Keeper:
             self._writer.submit(store.write_states, self.root, states, self.every)
         if steps:
             self._writer.submit(store.write_steps, self.root, self.steps - len(steps), steps)
-        room = self.budget * (1 - 1 / BLOCKS_IN_BUDGET)
+        room = self.budget * (1 - 2 / BLOCKS_IN_BUDGET)
         while sum(self._sizes.values()) > room and self.every <= self.steps:
             self.every *= 2
             self._sizes = {mark: size for mark, size in self._sizes.items() if mark % self.every == 0}
