@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import brittle
 from brittle.accounts import build_memory, open_path
-from brittle.errors import BrittleError, DataError, PathMismatchError, RunFolderError, UsageError
+from brittle.errors import BrittleError, DataError, NotFiniteError, PathMismatchError, RunFolderError, UsageError
 from brittle.findings import Findings
 from brittle.kernel.sweep import Quadrature, sweep
 from brittle.path.checkpoints import CHUNK, Checkpoints
@@ -302,6 +302,11 @@ REFUSED: dict[str, tuple[Given, type[BrittleError], str]] = {
         lambda kept, folder: [(kept.model, LR)],
         UsageError,
         "checkpoints= needs one checkpoint besides the audited weights, found none; pass earlier ones",
+    ),
+    "weights that are not finite": (
+        lambda kept, folder: [({name: v * torch.nan for name, v in kept.kept[0].items()}, LR)],
+        NotFiniteError,
+        "checkpoint 0 must hold finite weights, found NaN or infinity; leave it out",
     ),
     "rate 0": (lambda kept, folder: [(kept.kept[0], 0)], DataError, rf"{PAIRS} \[0.0\]; pass"),
     "a negative rate": (

@@ -49,6 +49,7 @@ ROOMS = (
     "examples",
     "terminal",
     "exits",
+    "doctor",
     "cli",
     "__main__",
 )

@@ -32,7 +32,8 @@ def classes(v: Visit) -> Check:
     """Does every class have training and test examples?"""
     s = v.subject
     train, test = (torch.bincount(part.targets, minlength=s.classes) for part in (s.train, s.test))
-    spread = f"{s.classes} classes of {int(train.min()):,} to {int(train.max()):,} training examples"
+    least, most = int(train.min()), int(train.max())
+    spread = f"{s.classes} classes of {f'{least:,} to ' if least < most else ''}{most:,} training examples"
     absent, untested = _named(s.class_names, train == 0), _named(s.class_names, test == 0)
     tiny = _named(s.class_names, (train > 0) & (train < TINY))
     if absent:

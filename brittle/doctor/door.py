@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from brittle.data import Examples
 from brittle.doctor.check import Check, failed
@@ -94,7 +95,9 @@ def _in_evaluation_mode(given: Given) -> Given:
 
 
 def _finite_inputs(given: Given) -> Given:
-    return _over_inputs(given, lambda inputs: inputs.nan_to_num(0.0, 0.0, 0.0))
+    pairs = {part: _pair(given[part]) for part in PARTS}
+    zero = lambda inputs: torch.as_tensor(inputs).nan_to_num(0.0, 0.0, 0.0)  # noqa: E731
+    return {part: (zero(pair[0]), pair[1]) for part, pair in pairs.items() if pair is not None}
 
 
 def _wide_bounds(given: Given) -> Given:
@@ -117,11 +120,12 @@ def _left_out(name: str, value: Any = None) -> Callable[[Given], Given]:
     return lambda given: {name: value} if given[name] is not None and given[name] != value else {}
 
 
-def _over_inputs(given: Given, change: Callable[[torch.Tensor], torch.Tensor]) -> Given:
-    """Change the inputs of all parts that are pairs of tensors."""
-    pairs = {k: given[k] for k in PARTS if isinstance(given[k], tuple) and len(given[k]) == 2}
-    held = {k: v for k, v in pairs.items() if all(isinstance(t, torch.Tensor) for t in v)}
-    return {k: (change(inputs), targets) for k, (inputs, targets) in held.items()}
+def _pair(part: Any) -> tuple[Any, Any] | None:
+    """Inputs and labels, where a part of the data holds them as arrays."""
+    if isinstance(part, Examples):
+        return part.inputs, part.targets
+    arrays = isinstance(part, tuple) and len(part) == 2 and all(isinstance(t, Tensor | np.ndarray) for t in part)
+    return part if arrays else None
 
 
 MENDINGS: tuple[Callable[[Given], Given], ...] = (
