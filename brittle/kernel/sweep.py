@@ -108,7 +108,7 @@ def sweep(
     account = _Account(subject, flat, inputs, pairs, path, q, lines=len(cuts) - 1)
     for segment in _segments(path, subject, flat, cuts):
         if segment.steps[-1].index == path.steps - 1:
-            account.hidden = check_step(subject, flat, segment.steps[-1])
+            account.begin(segment.steps[-1])
         account.take(segment)
         if progress:
             progress(path.steps - segment.steps[0].index, path.steps)
@@ -157,9 +157,14 @@ class _Account:
         self.credit_later = flat.state.new_zeros(m, len(flat))
         self.nodes, self.evaluations, self.drift = q.nodes, 0, 0.0
         self.averaging: Tensor | None = None  # J~ of the line to the averaged weights, shape (M, P)
-        if path.average is not None:
-            last = path.snapshot(path.steps).state.to(device)
-            self.averaging = self._line(last, path.average.to(device)).jacobian
+
+    def begin(self, last: WalkedStep) -> None:
+        """Look at the last step, and account for the line from the last weights to averaged ones."""
+        self.hidden = check_step(self.subject, self.flat, last)
+        if self.path.average is not None:
+            device = self.flat.state.device
+            ends = (self.path.snapshot(self.path.steps).state.to(device), self.path.average.to(device))
+            self.averaging = self._line(*ends).jacobian
 
     def take(self, segment: Interval) -> None:
         """Account for one segment: its averaged gradient, then its steps from last to first."""
