@@ -126,7 +126,8 @@ class GradientWatch:
         raw = _table([norms if k > dead else nothing for k, norms in noted])  # shape: (n, 2)
         given = _table([(_norm(g),) for g in gradients.values()])
         if torch.equal(raw[:, :1], given) and bool(raw.isfinite().all()):
-            return Changes(dict.fromkeys(gradients, 1.0), {})  # untouched: the same bits by the same sum
+            taken = (given[:, 0] > 0).double().tolist()
+            return Changes(dict(zip(gradients, taken, strict=True)), {})  # untouched: the same bits by the same sum
         given = torch.cat([given, _table([(_norm(g, math.inf),) for g in gradients.values()])], dim=1)
         if not (raw.isfinite().all() and given.isfinite().all()):
             raise NotFiniteError("gradients must be finite, found NaN or infinity; the training diverged")
