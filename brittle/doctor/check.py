@@ -80,3 +80,16 @@ def summary(checks: Sequence[Check], whole: bool = True) -> str:
         return f"an audit would fail: {wrong} of {len(checks)} checks do{as_if}"
     heed = f"; {doubtful} to heed" if doubtful else ""
     return f"an audit can run{heed}"
+
+
+def size(count: float) -> str:
+    """A number of bytes.
+
+    >>> size(900), size(79_440), size(2 << 30), size(5.5e10)
+    ('900 B', '78 KiB', '2 GiB', '51 GiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if count >= 10 or count == int(count) else f"{count:.1f} {unit}"

@@ -58,6 +58,7 @@ class Known:
     replayed: bool
     segment: int  # steps that share a gradient in the sweep
     nodes: int  # of such a segment
+    recorded: bool = True  # so that it is known how long training took
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,13 @@ class Demand:
         return min(max(self.queries, MOST_NATURAL), self.test - self.queries)
 
     @property
+    def retrainings(self) -> int:
+        return 2 * self.effort.retrainings if self.pool and self.retrained else 0
+
+    @property
     def memory_bytes(self) -> int:
-        """The group memory."""
-        return self.segments * (self.groups + 2) * self.state * self.itemsize
+        """The group memory: the ends of its segments, and what each group and decay displaced in them."""
+        return (self.segments + 1 + self.segments * (self.groups + 1)) * self.state * self.itemsize
 
     @property
     def query_bytes(self) -> int:
@@ -131,7 +136,7 @@ class Demand:
             "ledger": self._ledger(speed),
             "agreement": self._agreement(speed),
             "suggestions": self._suggestions(speed) if self.pool else 0.0,
-            "retraining": self._retraining(speed) if self.pool and self.retrained else 0.0,
+            "retraining": self._retraining(speed) if self.retrainings and self.known.recorded else 0.0,
             "report": WRITING,
         }
         return {name: seconds for name, seconds in stages.items() if seconds}
@@ -182,8 +187,8 @@ class Demand:
         return looked * (speed.gradient + DIMENSIONS * self.state * speed.multiply)
 
     def _retraining(self, speed: Speed) -> float:
-        """As long as the plain gradients of the recorded training; unknown without one."""
-        return 2 * self.effort.retrainings * self.known.steps * self.known.batches * speed.plain
+        """As long as the plain gradients of the recorded training."""
+        return self.retrainings * self.known.steps * self.known.batches * speed.plain
 
 
 def demand_of(v: Visit) -> Demand:
@@ -213,9 +218,9 @@ def demand_of(v: Visit) -> Demand:
 def _known(v: Visit) -> Known:
     path, q = v.path, Quadrature()
     if path is None:
-        return Known(0, 0.0, 0.0, False, 1, 1)
+        return Known(0, 0.0, 0.0, False, 1, 1, recorded=False)
     if isinstance(path, Checkpoints):
-        return Known(path.steps, len(v.subject.train) / FIRST, FIRST, True, 1, q.most)
+        return Known(path.steps, len(v.subject.train) / FIRST, FIRST, True, 1, q.most, recorded=False)
     first = path.step(0)
     batches = len(first.batches)
     replayed = len(path.marks) <= path.steps and path.optimizer != OBSERVED

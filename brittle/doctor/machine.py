@@ -7,10 +7,9 @@ import shutil
 
 import torch
 
-from brittle.doctor.check import Check, Visit
+from brittle.doctor.check import Check, Visit, size
 from brittle.doctor.demand import demand_of
 from brittle.doctor.speed import measured
-from brittle.doctor.training import size
 from brittle.errors import UsageError
 from brittle.report.formatting import duration
 
@@ -51,9 +50,8 @@ def disk(v: Visit) -> Check:
     needed, there = demand_of(v).written_bytes, shutil.disk_usage(v.folder).free
     line = f"about {size(needed)} for the run folder, {size(there)} free in {v.folder}"
     if needed > there:
-        return Check(
-            "disk", "fail", f"a run folder must fit on the disk, found {line}; free space, or name --out elsewhere"
-        )
+        remedy = "free space, or run the audit elsewhere"
+        return Check("disk", "fail", f"a run folder must fit on the disk, found {line}; {remedy}")
     return Check("disk", "warn" if needed > there / 2 else "ok", line)
 
 
@@ -64,11 +62,10 @@ def time(v: Visit) -> Check:
     total = sum(stages.values())
     longest = sorted(stages, key=lambda name: -stages[name])[:4]
     parts = ", ".join(f"{name} {duration(stages[name])}" for name in longest if stages[name] >= 0.05 * total)
-    unknown = demand.retrained and demand.pool and not demand.known.steps
-    more = f" and {2 * v.effort.retrainings} of your trainings" if unknown else ""
-    line = (
-        f"an audit of {demand.queries} queries ({v.preset}) takes about {duration(total)}{more}: {parts} (an estimate)"
-    )
+    unknown = 0 if demand.known.recorded else demand.retrainings
+    more = f" and {unknown} of your trainings" if unknown else ""
+    asked = f"an audit of {demand.queries} queries ({v.preset})"
+    line = f"{asked} takes about {duration(total)}{more}: {parts} (an estimate)"
     if total > HOUR:
         return Check("time", "warn", f"{line}; fewer --queries shorten it")
     return Check("time", "ok", line)

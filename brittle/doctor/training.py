@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from pathlib import Path as Folder
 
-from brittle.doctor.check import Check, Visit
+from brittle.doctor.check import Check, Visit, size
 from brittle.doctor.gradients import made_step
 from brittle.errors import BrittleError
 from brittle.kernel.steps import check_step
@@ -34,18 +34,17 @@ def known(v: Visit) -> Check:
     """What is known of the training, and what may be claimed from it."""
     path = v.path
     if path is None:
-        return Check("path", "warn", "none: only local statements at the final weights; record the training, or pass "
-                     "checkpoints=")  # fmt: skip
+        line = "none: only local statements at the final weights; record the training, or pass checkpoints="
+        return Check("path", "warn", line)
     if isinstance(path, Checkpoints):
         line = (
             f"{len(path.states)} checkpoints: which groups of examples matter may be claimed, not by how much, and "
             "nothing of single examples; record the training for that"
         )
         return Check("path", "warn", line)
-    stored = len(path.marks)
-    states = (
-        "the state before every step" if stored == path.steps + 1 else f"{stored:,} states, the steps between replayed"
-    )
+    between = "interpolated" if path.optimizer == OBSERVED else "replayed"
+    every = len(path.marks) == path.steps + 1
+    states = "the state before every step" if every else f"{len(path.marks):,} states, the steps between {between}"
     line = f"{path.steps:,} steps of {path.optimizer_name}, {states}; {size(_bytes_in(path.root))}"
     if path.optimizer == OBSERVED or path.warnings:
         return Check("path", "warn", f"{line}. {' '.join(path.warnings)}")
@@ -99,19 +98,6 @@ def repeatable(v: Visit) -> Check:
     else:
         line = f"from a pool of {len(s.pool):,}, checked by {2 * v.effort.retrainings} retrainings"
     return Check("suggestions", "ok", line)
-
-
-def size(count: float) -> str:
-    """A number of bytes.
-
-    >>> size(900), size(79_440), size(2 << 30), size(5.5e10)
-    ('900 B', '78 KiB', '2 GiB', '51 GiB')
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    return f"{count:.0f} {unit}" if count >= 10 or count == int(count) else f"{count:.1f} {unit}"
 
 
 def _bytes_in(folder: Folder) -> int:
