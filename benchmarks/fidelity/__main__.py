@@ -1,6 +1,6 @@
 """`python -m benchmarks.fidelity`: a table, progress on standard error, and one line of JSON at the end.
 
---only cases|overhead|resnet   a part alone       --quick   six cases, a smoke test       --case TEXT   cases by name
+--only cases|overhead|resnet   a part alone       --quick   five cases, a smoke test       --case TEXT   cases by name
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks.fidelity import overhead, report, resnet
-from benchmarks.fidelity.cases import CASES, QUICK, Case
-from benchmarks.fidelity.measure import Figures, measure
+from benchmarks.fidelity.cases import CASES, QUICK
+from benchmarks.fidelity.measure import Figures, measured
 
 PARTS = ("cases", "overhead", "resnet")
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     found: dict[str, Any] = report.summary([]) | overhead.NOTHING | resnet.NOTHING
     if "cases" in parts:
-        found |= report.summary(_measured(_chosen(asked)))
+        found |= report.summary(_table(_chosen(asked)))
     if "overhead" in parts:
         found |= overhead.run()
     if "resnet" in parts:
@@ -37,20 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if found["missed"] else 0
 
 
-def _measured(cases: Sequence[Case]) -> list[Figures]:
+def _table(names: Sequence[str]) -> list[Figures]:
+    """Measure some cases, and print each as it comes."""
     print(report.HEADER)
     figures: list[Figures] = []
-    for case in cases:
-        print(f"{len(figures) + 1}/{len(cases)} {case.name}", file=sys.stderr, flush=True)
-        figures.append(measure(case))
-        print(report.line(figures[-1]), flush=True)
+    for found in measured(names):
+        figures.append(found)
+        print(report.line(found), flush=True)
     return figures
 
 
-def _chosen(asked: argparse.Namespace) -> list[Case]:
-    if asked.quick:
-        return [case for case in CASES if case.name in QUICK]
-    return [case for case in CASES if asked.case in case.name]
+def _chosen(asked: argparse.Namespace) -> list[str]:
+    return list(QUICK) if asked.quick else [name for name in CASES if asked.case in name]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -40,9 +40,7 @@ def line(f: Figures) -> str:
     cosine = f"{'-' if f.cosine is None else format(f.cosine, '.5f'):>9}"
     numbers = [show(v) for v in (f.float64, f.unexplained, f.relu, f.relu_unexplained)]
     verdict = f"  FAILED: {'; '.join(f.missed)}" if f.missed else ""
-    return (
-        f"{f.case.name:34} {' '.join(numbers)} {cosine} {show(f.drift)} {f.every or '-':>3} {f.seconds:5.1f}{verdict}"
-    )
+    return f"{f.name:34} {' '.join(numbers)} {cosine} {show(f.drift)} {f.every or '-':>3} {f.seconds:5.1f}{verdict}"
 
 
 def summary(figures: Sequence[Figures]) -> dict[str, Any]:
@@ -54,7 +52,7 @@ def summary(figures: Sequence[Figures]) -> dict[str, Any]:
     return {
         "cases": len(figures),
         "failed": sum(bool(f.missed) for f in figures),
-        "failures": {f.case.name: "; ".join(f.missed) for f in figures if f.missed},
+        "failures": {f.name: "; ".join(f.missed) for f in figures if f.missed},
         "worst_float64": worst(figures, lambda f: f.float64),
         "worst_unexplained": worst(known, lambda f: f.unexplained),
         "worst_relu_float32": worst(exact, lambda f: f.relu),
@@ -63,7 +61,7 @@ def summary(figures: Sequence[Figures]) -> dict[str, Any]:
         "worst_drift": worst(figures, lambda f: f.drift),
         "mixed_precision_residual": worst(mixed, lambda f: f.relu),
         "mixed_precision_unexplained": worst(mixed, lambda f: f.relu_unexplained),
-        "unknown_optimizer_unexplained": {f.case.name: f.relu_unexplained for f in figures if not f.case.known},
+        "unknown_optimizer_unexplained": {f.name: f.relu_unexplained for f in figures if not f.case.known},
         "cases_seconds": round(sum(f.seconds for f in figures), 1),
     }
 

@@ -91,6 +91,7 @@ def _killed_and_resumed(case: Case, act: Activation, loop: Loop, data: Problem, 
     _run(case, loop, data, stop=KILLED)
     safe, checkpoint = loop.recorder.flush(), loop.state()
     _run(case, loop, data, start=KILLED, stop=KILLED + LOST)
+    loop.recorder.release()
     again = _loop(case, act)
     again.load_state(checkpoint)
     again.recorder = _recorder(case, again, folder, budget, resume=safe)
