@@ -242,7 +242,7 @@ FOUND: dict[str, tuple[Change, str, str, str]] = {
         lambda s: {"test": relabelled(s.test, lambda y: (s.predict(s.test.inputs).argmax(1) + 1) % 3)},
         "accuracy",
         "fail",
-        "some test inputs must be right to be attacked, found .* and 0.0% on test inputs",
+        "some test inputs must be right to be attacked, found .* and 0.0% on 60 test inputs",
     ),
     "another normalization": (
         lambda s: {"normalize": (0.9, 3.0), "model": scaled(s)},

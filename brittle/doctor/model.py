@@ -65,7 +65,7 @@ def accuracy(v: Visit) -> Check:
     """Does the model know its data?"""
     s, train, test = v.subject, _sample(v.subject.train), _sample(v.subject.test)
     known, right = _accuracy(s, train), _accuracy(s, test)
-    line = f"{known:.1%} on training and {right:.1%} on test inputs"
+    line = f"{known:.1%} on {len(train)} training and {right:.1%} on {len(test)} test inputs"
     if right == 0:
         return Check("accuracy", "fail", f"some test inputs must be right to be attacked, found {line}; {ORDER}")
     commonest = torch.bincount(train.targets).max().item() / len(train)
