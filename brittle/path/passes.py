@@ -79,8 +79,8 @@ def matched(
     cuts = [call.at for call in calls]
     behind = [(call, start, stop) for call, (start, stop) in zip(calls, pairwise([0, *cuts]), strict=True)]
     before = [(call, start, stop) for call, (start, stop) in zip(calls, pairwise([*cuts, len(passes)]), strict=True)]
-    replaced = [reading for reading in before[:-1] if reading[1] == reading[2]]  # by the next call, before any pass
-    for reading in (behind, [r for r in before if r not in replaced]):
+    kept = [(call, start, stop) for call, start, stop in before[:-1] if start < stop] + before[-1:]  # others: replaced
+    for reading in (behind, kept):
         mine = [stop - 1 for _, start, stop in reading if stop > start]  # the last pass of each window
         if len(mine) == len(reading) and [k for k in mine if k in places] == places and places:
             return [(r[0], passes[k]) for r, k in zip(reading, mine, strict=True) if k in places]
