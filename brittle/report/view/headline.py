@@ -91,18 +91,22 @@ def _accuracy(findings: Findings) -> Card:
 
 def _account(findings: Findings) -> Card:
     fidelity = findings.fidelity
-    known = fidelity.relative_residual is not None
-    missed = "of what was learned is missed by the sum over the training path"
-    unexplained = fidelity.relative_unexplained or 0.0
-    if unexplained >= SPOKEN_OF:
-        missed += f"; a further {percent(unexplained, 1)} is unexplained"
-    return Card(
+    title, residual, unexplained = (
         "The account closes",
-        (Amount(percent(fidelity.relative_residual, 2) if known else NONE),),
-        missed if known else f"no account is claimed: {PATHS[fidelity.path]}",
-        "Relative residual: mean absolute residual over the queries / mean absolute learned change.",
-        fidelity.verdict,
+        fidelity.relative_residual,
+        fidelity.relative_unexplained or 0.0,
     )
+    rule = "Relative residual: mean absolute residual over the queries / mean absolute learned change."
+    if residual is None:
+        note = f"no account is claimed: {PATHS[fidelity.path]}"
+        return Card(title, (Amount(NONE),), note, rule, fidelity.verdict)
+    if unexplained > residual and fidelity.verdict != "pass":
+        note = f"of what was learned is unexplained; the sum over the path missed {percent(residual, 2)}"
+        return Card(title, (Amount(percent(unexplained, 0)),), note, rule, fidelity.verdict)
+    note = "of what was learned is missed by the sum over the training path"
+    if unexplained >= SPOKEN_OF:
+        note += f"; a further {percent(unexplained, 1)} is unexplained"
+    return Card(title, (Amount(percent(residual, 2)),), note, rule, fidelity.verdict)
 
 
 def _map(findings: Findings) -> Card:
@@ -113,6 +117,11 @@ def _map(findings: Findings) -> Card:
         return Card(title, (Amount(NONE),), note, rule, "inconclusive")
     verdict: Verdict = "pass" if memory.shift_cosine >= FAITHFUL_SHIFT_COSINE else "fail"
     note = f"shift cosine to a finer account; 5th percentile {fixed(memory.shift_cosine_p5, 3)}"
+    if findings.fidelity.path != "recorded":
+        verdict, note = (
+            "inconclusive",
+            f"{note}. That account knows as little of the path: {PATHS[findings.fidelity.path]}",
+        )
     return Card(title, (Amount(fixed(memory.shift_cosine, 3)),), note, rule, verdict)
 
 
