@@ -110,6 +110,19 @@ def test_a_path_may_be_retraced_between_any_two_states(tmp_path: Path) -> None:
             assert torch.allclose(step.state, loop.states[step.index], atol=1e-13)
 
 
+def test_a_single_step_needs_no_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its end is stored, and with it what the optimizer holds."""
+    loop = ByHand(tmp_path, lambda p: AdamW(p, lr=0.02))
+    loop.steps(3)
+    path, subject = loop.close(), loop.subject()
+    monkeypatch.setattr("brittle.path.replay.batch_gradient", None)
+    for start in range(3):
+        interval = replay(path, subject, FlatModel(subject.model), start, start + 1)
+        [step] = interval.steps
+        assert torch.equal(step.state, loop.states[start])
+        assert torch.equal(interval.end, loop.states[start + 1])
+
+
 # ---------------------------------------------------------------------------------------------------------------- drift
 
 

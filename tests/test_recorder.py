@@ -7,6 +7,7 @@ import copy
 import errno
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -30,6 +31,7 @@ from brittle.path.match import check_path
 from brittle.path.recorder import Recorder
 from brittle.path.store import PathReader
 from brittle.path.training import bare
+from brittle.path.writer import AHEAD, Writer
 
 HEADER = 2_000
 """Bytes that a file of states has besides them, at most."""
@@ -47,7 +49,7 @@ def size(folder: Path) -> int:
     return total
 
 
-@pytest.mark.parametrize("states", [20, 45, 70])
+@pytest.mark.parametrize("states", [20, 45])
 def test_states_on_disk_keep_to_the_budget_at_any_time(states: int, tmp_path: Path) -> None:
     """While states are thinned one block is there twice, the second time with half of its states."""
     model = nn.Sequential(nn.Linear(4, 200), nn.Tanh(), nn.Linear(200, 3))
@@ -69,8 +71,8 @@ def test_states_on_disk_keep_to_the_budget_at_any_time(states: int, tmp_path: Pa
     assert (path.marks[0], path.marks[-1]) == (0, 120)
 
 
-@pytest.mark.parametrize("budget", [0, 1, 2000, 5000, 20_000])
-@pytest.mark.parametrize("steps", [1, 7, 40])
+@pytest.mark.parametrize("budget", [0, 2000, 20_000])
+@pytest.mark.parametrize("steps", [1, 7, 30])
 def test_the_first_state_and_the_last_are_never_thinned(steps: int, budget: int, tmp_path: Path) -> None:
     loop = ByHand(tmp_path, budget=budget)
     loop.steps(steps)
@@ -398,6 +400,38 @@ def test_a_training_from_its_beginning_warns_of_nothing(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- the writer's thread
 
 
+def test_writes_are_done_in_order_and_never_far_behind() -> None:
+    writer, done, gate = Writer(), [], threading.Event()
+    writer.submit(gate.wait)
+    for k in range(AHEAD):
+        writer.submit(done.append, k)
+    waits = threading.Thread(target=writer.submit, args=(done.append, AHEAD))
+    waits.start()
+    waits.join(0.2)
+    assert waits.is_alive(), "it waits for the first"
+    assert done == []
+    gate.set()
+    waits.join()
+    writer.wait()
+    assert done == list(range(AHEAD + 1))
+
+
+def test_what_a_write_raises_is_raised_by_the_next_and_what_waits_is_given_up() -> None:
+    writer, done, gate = Writer(), [], threading.Event()
+
+    def fail() -> None:
+        gate.wait()
+        raise DiskError("full")
+
+    writer.submit(fail)
+    writer.submit(done.append, 1)
+    gate.set()
+    with pytest.raises(DiskError, match="full"):
+        writer.wait()
+    writer.stop()
+    assert done == [], "what waited is given up"
+
+
 @pytest.mark.parametrize("moment", ["while it trains", "at the end"])
 def test_a_disk_that_is_full_ends_the_training_by_name(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -413,6 +447,36 @@ def test_a_disk_that_is_full_ends_the_training_by_name(
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(DiskError, match="no space is left; free space or name another folder, then run again"):
         loop.steps(30) if moment == "while it trains" else loop.recorder.close()
+
+
+def test_a_write_that_fails_is_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a path would be marked as finished that lacks steps; so it can be taken up where it is whole."""
+    loop = ByHand(tmp_path)
+    loop.steps(2)
+    safe = loop.recorder.flush()
+    saved = [copy.deepcopy(part.state_dict()) for part in (loop.model, loop.optimizer)]
+    loop.steps(2)
+    plain = os.replace
+
+    def full_for_a_moment(source: Path, target: Path) -> None:
+        if Path(target).parent.name == "steps":
+            raise OSError(errno.ENOSPC, "no space left on device")
+        plain(source, target)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "replace", full_for_a_moment)
+        with pytest.raises(DiskError, match="no space is left"):
+            loop.recorder.close()
+    time.sleep(0.2)
+    assert not (tmp_path / "end.json").exists()
+    model = tanh()
+    optimizer = sgd(momentum=0.9)(model.parameters())
+    for part, state in zip((model, optimizer), saved, strict=True):
+        part.load_state_dict(state)
+    again = ByHand(tmp_path, model=model, optimizer=optimizer, resume=safe)
+    again.states = loop.states[:safe]
+    again.steps(2)
+    assert_recorded(again)
 
 
 def test_a_recorder_that_was_let_go_writes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ def assert_same(a: Any, b: Any) -> None:
         assert a == b
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(st.lists(steps(), min_size=1, max_size=4))
 def test_steps_come_out_as_they_went_in(tmp_path_factory: pytest.TempPathFactory, given_: list[Step]) -> None:
     file = tmp_path_factory.mktemp("steps") / "block.safetensors"

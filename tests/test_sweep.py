@@ -176,7 +176,7 @@ def test_tripled_nodes_are_the_nodes_themselves(tmp_path: Path) -> None:
     assert torch.allclose(grown.ledger.contributions, direct.ledger.contributions, atol=1e-13)
 
 
-@pytest.mark.parametrize("case", ["tanh", "cnn", "attention"])
+@pytest.mark.parametrize("case", ["tanh", "cnn"])
 def test_a_few_gauss_nodes_are_worth_many_midpoints_on_smooth_networks(case: str, tmp_path: Path) -> None:
     training = train(case, "momentum", tmp_path)
     by_gauss = swept(training, Quadrature(segment=1, nodes=3, gauss=True))
@@ -220,8 +220,9 @@ def test_swapping_the_classes_of_the_margin_changes_every_sign(tmp_path: Path) -
     training = train("tanh", "momentum l2", tmp_path)
     inputs, pairs = queries(training.subject)
     other = sweep(training.path, training.subject, inputs, Pairs(pairs.rival, pairs.predicted), fixed()).ledger
+    plain = swept(training).ledger
     for row in ("start", "contributions", "decay", "residual", "output"):
-        assert torch.allclose(getattr(other, row), -getattr(swept(training).ledger, row), atol=1e-12)
+        assert torch.allclose(getattr(other, row), -getattr(plain, row), atol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------- rest
@@ -233,9 +234,9 @@ def test_steps_that_are_replayed_give_the_same_ledger(case: str, recipe: str, tm
     stored = train(case, recipe, tmp_path / "stored")
     thinned = train(case, recipe, tmp_path / "thinned", budget=3000)
     assert len(thinned.path.marks) < STEPS / 2 < len(stored.path.marks)
-    found = swept(thinned)
+    found, expected = swept(thinned), swept(stored).ledger
     for row in ("contributions", "decay", "buffers", "residual"):
-        assert torch.allclose(getattr(found.ledger, row), getattr(swept(stored).ledger, row), atol=1e-9), row
+        assert torch.allclose(getattr(found.ledger, row), getattr(expected, row), atol=1e-9), row
     assert found.drift < 1e-7
 
 

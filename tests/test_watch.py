@@ -82,7 +82,7 @@ FOLLOWED: dict[str, Change] = {
 @pytest.mark.parametrize("make", [sgd(momentum=0.9), lambda p: AdamW(p, lr=0.02)], ids=["sgd", "adamw"])
 def test_multiplied_and_clipped_gradients_are_followed(change: str, make: Any, tmp_path: Path) -> None:
     loop = ByHand(tmp_path, make)
-    for _ in range(6):
+    for _ in range(4):
         loop.step(between=lambda: FOLLOWED[change](loop.model))
     assert_recorded(loop, atol=1e-8)
 
