@@ -232,7 +232,7 @@ def long_training(root: Path) -> None:
         order.set_state(saved["order"])
         begun = saved["steps"]
     inputs, targets = data()
-    with Recorder(model, optimizer, root / "path", 12_000, resume=begun) as recorder:
+    with Recorder(model, optimizer, root / "path", 30_000, resume=begun) as recorder:
         for step in range(begun or 0, LONG):
             ids = torch.randperm(COUNT, generator=order)[:BATCH]
             optimizer.zero_grad()
@@ -248,6 +248,7 @@ def long_training(root: Path) -> None:
 
 def serve() -> None:
     """In a process that has imported all: one more process for each training that is asked for, by folder."""
+    AdamW(tanh().parameters())  # imports what torch imports late
     print("ready", flush=True)
     for line in sys.stdin:
         pid = os.fork()
