@@ -180,7 +180,7 @@ def test_rows_of_a_normalized_batch_are_those_that_pass_through_each_row(case: s
     seen = Seen(model, "SGD", [step], state, inputs, targets, F.cross_entropy)
     copy = FlatModel(model)
     found = gradients.row_gradients(copy, lambda: F.cross_entropy(copy.train()(inputs), targets), ROWS)
-    found = gradients.without_rounding(found)
+    found = found * gradients.beyond_rounding(found)
     expected = torch.stack([flat(g, seen) for g in row_gradients(seen, step)])
     assert torch.allclose(found, expected, atol=1e-12)
     plain = copy.gradient(lambda: F.cross_entropy(copy.train()(inputs), targets))
@@ -231,7 +231,7 @@ def test_rows_that_cancel_to_rounding_have_nothing_to_share_out() -> None:
     rows = torch.tensor([[1.0, 1.0, 1e-3, 0.0], [-1.0, 1.0, -1e-3, 0.0], [1e-16, -1.0, 1e-9, 0.0]])
     expected = rows.clone()
     expected[:, 0] = 0
-    assert torch.equal(gradients.without_rounding(rows), expected)
+    assert torch.equal(rows * gradients.beyond_rounding(rows), expected)
 
 
 # -------------------------------------------------------------------------------------------------------------- pieces

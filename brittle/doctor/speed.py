@@ -67,7 +67,7 @@ def measured(v: Visit, groups: int) -> Speed:
         attack=timed(lambda: _attack(s, attacked)) / CLIMB / len(attacked),
         gradient=timed(lambda: mass(grouped, s, x, pairs, v.device)) / len(x),
         guide=timed(lambda: _differentiated(guide, some, pairs[: len(some)])) / len(some),
-        rows=timed(lambda: sum_of(flat, step_pieces(s, flat, step, step.batches[0]))),
+        rows=timed(lambda: sum_of(flat, ((at, rows) for at, rows, _ in step_pieces(s, flat, step, step.batches[0])))),
         plain=timed(lambda: batch_gradient(s, flat, step.batches[0], step.seen.manner.resting)),
         multiply=_product(flat, timed),
         touch=_addition(flat, timed),

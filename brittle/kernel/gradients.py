@@ -95,14 +95,14 @@ def sum_of(flat: FlatModel, pieces: Iterable[Piece]) -> Tensor:
     return out
 
 
-def without_rounding(rows: Tensor) -> Tensor:
-    """Row gradients (B, P) with 0 where they cancel to rounding: there the batch has no gradient to share out.
+def beyond_rounding(rows: Tensor) -> Tensor:
+    """The columns (p,) of row gradients (B, p) whose sum is more than rounding: elsewhere there is nothing to share out.
 
     So it is with a bias before batch normalization, which takes the mean away. Left alone, the rows' large and
     opposite shares would be blown up by Adam, whose preconditioner is as small as their sum.
     """
-    rounding = ROUNDING * torch.finfo(rows.dtype).eps * rows.abs().sum(0)
-    return rows * (rows.sum(0).abs() > rounding)
+    rounding = ROUNDING * torch.finfo(rows.dtype).eps * torch.linalg.vector_norm(rows, 1, dim=0)
+    return rows.sum(0).abs() > rounding
 
 
 def check_rows(flat: FlatModel, values: Scalar) -> None:

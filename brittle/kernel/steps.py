@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from brittle.kernel.gradients import Piece, check_sum, row_pieces, without_rounding
+from brittle.kernel.gradients import Piece, beyond_rounding, check_sum, row_pieces
 from brittle.path.flat import FlatModel
 from brittle.path.observed import Batch
 from brittle.path.rerun import batch_gradient, training_loss
@@ -19,11 +19,17 @@ AGREEMENT = {0: 1e-3, 1: 5e-2, 2: 5e-2}
 """Relative distance from plain autograd that row gradients may have, by the precision of the forward pass."""
 
 
-def step_pieces(subject: Subject, flat: FlatModel, step: WalkedStep, batch: Batch) -> Iterator[Piece]:
-    """Row gradients of one batch of a step, the loss's own weights (1/B for a mean) included: (columns, (B, p))."""
+def step_pieces(
+    subject: Subject, flat: FlatModel, step: WalkedStep, batch: Batch
+) -> Iterator[tuple[slice, Tensor, Tensor | float]]:
+    """Row gradients of one batch of a step, the loss's own weights (1/B for a mean) included.
+
+    Yields (columns, (B, p), which of them count): columns whose rows add up to rounding count 0 where rows see each
+    other, all others 1.
+    """
     coupled = _couples(flat)
     for columns, rows in _pieces(subject, flat, step, batch):
-        yield columns, without_rounding(rows) if coupled else rows
+        yield columns, rows, beyond_rounding(rows).to(rows) if coupled else 1.0
         del rows  # before the next tensor's are formed
 
 
@@ -39,7 +45,7 @@ def check_step(subject: Subject, flat: FlatModel, step: WalkedStep) -> Tensor:
         for columns, rows in _pieces(subject, flat, step, batch):
             found[columns] = rows.sum(0)
             if _couples(flat):
-                hidden[columns] |= (without_rounding(rows) != rows).any(0)
+                hidden[columns] |= ~beyond_rounding(rows) & (rows != 0).any(0)
             del rows
         flat.load(step.state)
         whole = batch_gradient(subject, flat, batch, step.seen.manner.resting)
