@@ -100,7 +100,7 @@ def _by_group(subject: Subject, flat: FlatModel, step: WalkedStep, batch: Batch,
     rows_of = torch.arange(len(batch)).repeat_interleave(len(ids) // len(batch))
     members.index_put_((labels[ids.to(labels.device)], rows_of), shares.to(members), accumulate=True)
     out, total = flat.state.new_zeros(count, len(flat)), torch.zeros_like(flat.state)
-    for columns, rows, count in step_pieces(subject, flat, step, batch):
-        out[:, columns], total[columns] = count * (members @ rows), count * rows.sum(0)
+    for columns, rows, weight in step_pieces(subject, flat, step, batch):
+        out[:, columns], total[columns] = weight * (members @ rows), weight * rows.sum(0)
         del rows
     return out.mul_(step.share(batch, step.taken(total).double().norm().item()))

@@ -96,7 +96,7 @@ def sum_of(flat: FlatModel, pieces: Iterable[Piece]) -> Tensor:
 
 
 def beyond_rounding(rows: Tensor) -> Tensor:
-    """The columns (p,) of row gradients (B, p) whose sum is more than rounding: elsewhere there is nothing to share out.
+    """The columns (p,) of row gradients (B, p) whose sum is more than rounding: elsewhere nothing is to be shared out.
 
     So it is with a bias before batch normalization, which takes the mean away. Left alone, the rows' large and
     opposite shares would be blown up by Adam, whose preconditioner is as small as their sum.

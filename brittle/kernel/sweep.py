@@ -222,9 +222,9 @@ class _Account:
         """What each row of a batch contributed, (M, B)."""
         pulled = torch.zeros(len(credit), len(batch), dtype=torch.float64, device=credit.device)
         total = torch.zeros_like(self.flat.state)
-        for columns, rows, count in step_pieces(self.subject, self.flat, step, batch):
-            pulled += ((credit[:, columns] * count) @ rows.T).double()
-            total[columns] = count * rows.sum(0)
+        for columns, rows, weight in step_pieces(self.subject, self.flat, step, batch):
+            pulled += ((credit[:, columns] * weight) @ rows.T).double()
+            total[columns] = weight * rows.sum(0)
             del rows
         share = step.share(batch, step.taken(total).double().norm().item())
         self.hidden_explained -= share * (credit[:, self.hidden] @ total[self.hidden]).double()
