@@ -63,7 +63,7 @@ def test_the_path_ends_in_the_weights(subject: Subject, cache: Path) -> None:
     path = PathReader(subject.path)
     assert path.steps == 15 * 19
     assert torch.equal(path.snapshot(path.steps).state, parameters_to_vector(subject.model.parameters()))
-    visited = torch.cat([path.step(s).ids for s in range(19)])
+    visited = torch.cat([path.step(s).batches[0].ids for s in range(19)])
     assert torch.equal(visited.sort().values, torch.arange(600))
 
 

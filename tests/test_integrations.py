@@ -519,7 +519,8 @@ def test_a_trainer_whose_columns_are_removed_is_told_to_keep_them(tmp_path: Path
 
 def test_the_readmes_blocks_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    under_lightning, under_trainer = re.findall(r"^```py\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```py\n(from brittle.integrations.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    under_lightning, under_trainer = blocks
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     module, model, few = Digits(), vit(), Subset(Rows(), range(40))

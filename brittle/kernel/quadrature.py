@@ -144,7 +144,7 @@ def blocks(count: int, size: int) -> Iterator[slice]:
 def row_blocks(count: int, flat: FlatModel) -> Iterator[slice]:
     """Slices that cover `count` rows, as many at once as the gradients of the largest tensor leave room for."""
     row = max(slot.shape.numel() for slot in flat.slots) * flat.state.element_size()
-    return blocks(count, max(FEWEST, min(BLOCK, BLOCK_BYTES // max(row, 1))))
+    return blocks(count, min(BLOCK, max(FEWEST, BLOCK_BYTES // max(row, 1))))
 
 
 def _average(

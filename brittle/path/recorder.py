@@ -159,8 +159,10 @@ class Recorder:
             raise DataError("a path needs at least one optimizer.step() between Recorder(...) and close(), found none")
         self._look_at_average()
         average = None if self._average is None else state_of(self._average.model).cpu()
-        self._keeper.finish(self._snapshot(), average)
-        self._keeper.stop()
+        try:
+            self._keeper.finish(self._snapshot(), average)
+        finally:
+            self._keeper.stop()
 
     def release(self) -> None:
         """Let go of model and optimizer without finishing the path, as after an error; what was written stays."""
