@@ -14,6 +14,9 @@ Verdict = Literal["pass", "fail", "inconclusive"]
 PathKnown = Literal["recorded", "checkpoints", "weights"]
 FailureKind = Literal["natural", "probe", "attack"]
 
+SPOKEN_OF = 0.005
+"""Share of what was learned from which the unexplained row is spoken of."""
+
 
 class Record(BaseModel):
     """A strict, immutable part of the findings."""

@@ -20,7 +20,7 @@ from brittle.kernel.displacement import displaced, even_cuts
 from brittle.mass import class_groups
 from brittle.path.flat import FlatModel
 from brittle.path.match import check_path
-from brittle.path.optimizers import OBSERVED
+from brittle.path.recipe import OBSERVED
 from brittle.path.replay import replay, walk
 from brittle.records import Ledger
 

@@ -14,8 +14,8 @@ from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAd
 
 from brittle.errors import UnsupportedError
 from brittle.path.flat import layout
-from brittle.path.optimizers import MOMENTS, OBSERVED, kind_of, step_rule
-from brittle.path.recipe import Recipe
+from brittle.path.optimizers import MOMENTS, kind_of, step_rule
+from brittle.path.recipe import OBSERVED, Recipe
 from brittle.path.rules import StepRule, advance, pull_back
 from brittle.path.spending import Spending
 from brittle.path.watch import Changes

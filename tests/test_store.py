@@ -186,6 +186,14 @@ def copied(whole: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
+def one_copied(whole: Path, tmp_path: Path, name: str, checksum: bool) -> tuple[Path, Path, bytes]:
+    """A copy of the path, one of its files or the checksum beside it, and what that holds."""
+    root = copied(whole, tmp_path)
+    file = named(root, name)
+    file = file.with_name(file.name + ".sha256") if checksum else file
+    return root, file, file.read_bytes()
+
+
 def assert_found(root: Path, damage: str) -> None:
     with pytest.raises((DamagedFileError, PathMismatchError)) as caught:
         everything(root)
@@ -206,10 +214,7 @@ def test_every_kind_of_file_is_there(whole: Path) -> None:
 @pytest.mark.parametrize("checksum", [False, True])
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_is_cut_short_is_found(name: str, checksum: bool, whole: Path, tmp_path: Path) -> None:
-    root = copied(whole, tmp_path)
-    file = named(root, name)
-    file = file.with_name(file.name + ".sha256") if checksum else file
-    content = file.read_bytes()
+    root, file, content = one_copied(whole, tmp_path, name, checksum)
     digest = 64 if checksum else len(content)  # a checksum's note may lose the name behind it
     for length in sorted({0, 1, digest // 2, digest - 1}):
         file.write_bytes(content[:length])
@@ -220,10 +225,7 @@ def test_a_file_that_is_cut_short_is_found(name: str, checksum: bool, whole: Pat
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit_is_found(name: str, checksum: bool, whole: Path, tmp_path: Path) -> None:
     """Anywhere in the file, or in the digest beside it; the name behind the digest does not count."""
-    root = copied(whole, tmp_path)
-    file = named(root, name)
-    file = file.with_name(file.name + ".sha256") if checksum else file
-    content = file.read_bytes()
+    root, file, content = one_copied(whole, tmp_path, name, checksum)
     generator = torch.Generator().manual_seed(0)
     end = 64 if checksum else len(content)
     for place in (0, end - 1, *torch.randint(end, (10,), generator=generator).tolist()):

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from brittle.agreement import wilson
 from brittle.assemble.evidence import Evidence
-from brittle.findings import ClassAccuracy, Clean, Fidelity, LedgerRow, SubjectFacts
+from brittle.findings import SPOKEN_OF, ClassAccuracy, Clean, Fidelity, LedgerRow, SubjectFacts
 from brittle.path.checkpoints import Checkpoints
 from brittle.records import Ledger
 
 CLOSES, FAITHFUL = 0.05, 0.9
 """Relative residual, and unexplained row, up to which an account closes; shift cosine from which memory is faithful."""
-
-SMALL = 0.005
-"""Share of what was learned below which the unexplained row is not spoken of."""
 
 
 def subject_facts(e: Evidence) -> SubjectFacts:
@@ -70,7 +67,9 @@ def coarse(e: Evidence) -> bool:
 
 def _all_are_known(ledger: Ledger) -> str:
     missing = ledger.relative_unexplained
-    apart = f" A further {missing:.1%} is unexplained: no recorded gradient accounts for it." if missing > SMALL else ""
+    apart = f" A further {missing:.1%} is unexplained: no recorded gradient accounts for it."
+    if missing < SPOKEN_OF:
+        apart = ""
     return (
         "Every step of the training is known. Each prediction is accounted for, example by example, up to "
         f"{ledger.relative_residual:.2%} of what was learned.{apart} Contributions say how training examples moved a "

@@ -24,7 +24,7 @@ from brittle.kernel.sweep import Quadrature
 from brittle.outcomes import LEVELS
 from brittle.path.checkpoints import Checkpoints
 from brittle.path.flat import layout
-from brittle.path.optimizers import OBSERVED
+from brittle.path.recipe import OBSERVED
 from brittle.pipeline.context import Effort
 from brittle.probes import MAP_SHARES, families_for
 from brittle.scores import LATE_STATES

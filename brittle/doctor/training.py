@@ -12,7 +12,7 @@ from brittle.kernel.steps import check_step
 from brittle.path.checkpoints import Checkpoints
 from brittle.path.flat import FlatModel, state_of
 from brittle.path.match import check_path
-from brittle.path.optimizers import OBSERVED
+from brittle.path.recipe import OBSERVED
 from brittle.path.replay import DRIFT_LIMIT, Path, intervals, replay
 from brittle.path.store import PathReader
 from brittle.path.training import bare, check_training

@@ -153,7 +153,7 @@ class RecorderCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.recorder is not None:
             self._hook.remove()
-            self.recorder.__exit__(type(exception), exception, exception.__traceback__)
+            self.recorder.release()
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.recorder is None else {"steps": self.recorder.flush()}

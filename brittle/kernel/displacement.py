@@ -103,4 +103,4 @@ def _by_group(subject: Subject, flat: FlatModel, step: WalkedStep, batch: Batch,
     for columns, rows, weight in step_pieces(subject, flat, step, batch):
         out[:, columns], total[columns] = weight * (members @ rows), weight * rows.sum(0)
         del rows
-    return out.mul_(step.share(batch, step.taken(total).double().norm().item()))
+    return out.mul_(step.share(batch, step.length(total)))

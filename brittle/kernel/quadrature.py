@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brittle.kernel.gradients import check_rows, row_pieces
+from brittle.kernel.gradients import Scalar, check_rows, row_gradients, row_pieces
 from brittle.path.flat import FlatModel
 from brittle.records import Pairs
 from brittle.subject import Subject
@@ -73,18 +73,19 @@ def output_pieces(
     subject: Subject, flat: FlatModel, state: Tensor, inputs: Tensor, pairs: Pairs
 ) -> Iterator[tuple[slice, Tensor]]:
     """J tensor by tensor: gradients of the pairs' margins at one point of the path, (columns, (M, p)); one pass."""
-    flat.load(state)
-    model = flat.eval()
-    x = inputs.to(flat.state)
-    return row_pieces(flat, lambda: pairs.margin(subject.class_logits(model, x)).sum(), len(inputs))
+    return row_pieces(flat, _margins(subject, flat, state, inputs, pairs), len(inputs))
 
 
 def output_gradients(subject: Subject, flat: FlatModel, state: Tensor, inputs: Tensor, pairs: Pairs) -> Tensor:
     """J as one matrix, (M, P)."""
-    out = flat.state.new_zeros(len(inputs), len(flat))
-    for columns, piece in output_pieces(subject, flat, state, inputs, pairs):
-        out[:, columns] = piece
-    return out
+    return row_gradients(flat, _margins(subject, flat, state, inputs, pairs), len(inputs))
+
+
+def _margins(subject: Subject, flat: FlatModel, state: Tensor, inputs: Tensor, pairs: Pairs) -> Scalar:
+    """The sum of the pairs' margins at one point of the path, to be differentiated there."""
+    flat.load(state)
+    model, x = flat.eval(), inputs.to(flat.state)
+    return lambda: pairs.margin(subject.class_logits(model, x)).sum()
 
 
 def check_outputs(subject: Subject, flat: FlatModel) -> None:

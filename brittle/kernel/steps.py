@@ -39,12 +39,12 @@ def check_step(subject: Subject, flat: FlatModel, step: WalkedStep) -> Tensor:
     Returns the coordinates (k,) of the tensors whose gradient is mostly nothing but rounding, as that of a bias before
     batch normalization.
     """
-    hidden = torch.zeros_like(flat.state, dtype=torch.bool)
+    hidden, coupled = torch.zeros_like(flat.state, dtype=torch.bool), _couples(flat)
     for batch in step.batches:
         found = torch.zeros_like(flat.state)
         for columns, rows in _pieces(subject, flat, step, batch):
             found[columns] = rows.sum(0)
-            if _couples(flat):
+            if coupled:
                 hidden[columns] |= ~beyond_rounding(rows) & (rows != 0).any(0)
             del rows
         flat.load(step.state)

@@ -226,7 +226,7 @@ class _Account:
             pulled += ((credit[:, columns] * weight) @ rows.T).double()
             total[columns] = weight * rows.sum(0)
             del rows
-        share = step.share(batch, step.taken(total).double().norm().item())
+        share = step.share(batch, step.length(total))
         self.hidden_explained -= share * (credit[:, self.hidden] @ total[self.hidden]).double()
         return -share * pulled
 

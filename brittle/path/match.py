@@ -10,11 +10,11 @@ from brittle.errors import PathMismatchError
 from brittle.path.flat import FlatModel, layout, state_of
 from brittle.path.forwards import ForwardWatch
 from brittle.path.observed import Batch, Step
-from brittle.path.optimizers import OBSERVED
+from brittle.path.recipe import OBSERVED
 from brittle.path.replay import DRIFT_LIMIT, intervals, moves_of, retrace
 from brittle.path.rerun import batch_gradient, batch_inputs, batch_targets, training_loss
 from brittle.path.store import PathReader
-from brittle.path.walked import plain_share
+from brittle.path.walked import length_taken, plain_share
 from brittle.subject import Subject
 
 CAUSES = (
@@ -80,7 +80,7 @@ def _check_lengths(path: PathReader, subject: Subject, flat: FlatModel, steps: l
         seen, batch = path.step(step), path.step(step).batches[0]
         flat.load(path.snapshot(step).state.to(flat.state.device))
         moves, gradient = moves_of(path.recipe(step)), batch_gradient(subject, flat, batch, seen.manner.resting)
-        size = (gradient if moves is None else gradient * moves).double().norm().item()
+        size = length_taken(gradient, moves)
         if size and batch.norm and plain_share(seen, batch, batch.norm / size) is None:
             ratios.append(batch.norm / size)
     if ratios and (len(ratios) < len(steps) or max(ratios) > (1 + DRIFT_LIMIT) * min(ratios)):

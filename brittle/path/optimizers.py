@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from brittle.errors import UnsupportedError
-from brittle.path.recipe import Recipe
+from brittle.path.recipe import OBSERVED, Recipe
 from brittle.path.rules import StepRule
 
 Moments = Mapping[str, Tensor]
@@ -46,9 +46,6 @@ MOMENTS: dict[str, tuple[str, ...]] = {
     "Adagrad": ("sum",),
 }
 """The optimizers whose rule is known, and what it reads of the state after the step."""
-
-OBSERVED = "observed"
-"""In place of an optimizer's name: its steps are projected on the gradients."""
 
 REFUSED = ("LBFGS", "SparseAdam")
 """Optimizers that evaluate the loss more than once a step, or whose gradients are sparse."""
@@ -71,8 +68,7 @@ def kind_of(optimizer: torch.optim.Optimizer) -> str:
 
 def step_rule(recipe: Recipe, moments: Moments) -> StepRule:
     """The coefficients of a step. moments: what the optimizer holds *after* it."""
-    sign = torch.ones_like(recipe.sign) if recipe.optimizer == OBSERVED else recipe.sign
-    clip = recipe.where_held(sign * recipe.factors, rest=1.0)
+    clip = recipe.where_held(recipe.sign * recipe.factors, rest=1.0)
     return replace(_RULES[recipe.optimizer](recipe, moments), clip=clip)
 
 

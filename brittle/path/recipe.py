@@ -11,6 +11,9 @@ from torch import Tensor
 
 from brittle.path.rules import Coefficient
 
+OBSERVED = "observed"
+"""In place of an optimizer's name: its rule is not known, its steps are projected on the gradients."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -54,12 +57,13 @@ class Recipe:
 
     @property
     def sign(self) -> Tensor:
-        """-1 for tensors whose group maximizes, (n,)."""
-        return torch.where(self.flag("maximize"), -1.0, 1.0)
+        """-1 for tensors whose group maximizes; an observed optimizer's scale has the sign already. (n,)."""
+        turned = self.flag("maximize") & (self.optimizer != OBSERVED)
+        return torch.where(turned, -1.0, 1.0)
 
-    def of(self, key: str, default: float = 0.0) -> Tensor:
-        """A setting of each tensor, (n,)."""
-        return self._by_tensor([float(s.get(key) or default) for s in self.settings])
+    def of(self, key: str) -> Tensor:
+        """A setting of each tensor, 0 where its group has none, (n,)."""
+        return self._by_tensor([float(s.get(key) or 0.0) for s in self.settings])
 
     def beta(self, which: int) -> Tensor:
         """One of the two betas of each tensor, (n,)."""
@@ -82,8 +86,7 @@ class Recipe:
 
     def momentum(self) -> Tensor:
         """The momentum of each tensor under an optimizer whose rule is not known, by its settings' names. (n,)."""
-        named = [s.get("momentum", (s.get("betas") or [0.0])[0]) for s in self.settings]
-        return self._by_tensor([float(m or 0.0) for m in named])
+        return self._by_tensor([named_momentum(s) for s in self.settings])
 
     def _by_tensor(self, by_group: Sequence[float]) -> Tensor:
         return torch.tensor([*by_group, 0.0], dtype=torch.float64)[self.owner]
@@ -93,3 +96,8 @@ class Recipe:
         if bool((counting == counting[:1]).all()):
             return float(counting[0])
         return values.to(self.dtype).repeat_interleave(self.sizes).to(self.device)
+
+
+def named_momentum(settings: Mapping[str, Any]) -> float:
+    """The momentum that a parameter group's settings name, whatever the optimizer; 0 where none is named."""
+    return float(settings.get("momentum", (settings.get("betas") or [0.0])[0]) or 0.0)

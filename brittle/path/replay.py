@@ -21,13 +21,13 @@ from brittle.errors import PathMismatchError
 from brittle.path.checkpoints import Checkpoints
 from brittle.path.flat import FlatModel
 from brittle.path.observed import Snapshot, Step
-from brittle.path.optimizers import MOMENTS, OBSERVED, Moments, step_rule
-from brittle.path.recipe import Recipe
+from brittle.path.optimizers import MOMENTS, Moments, step_rule
+from brittle.path.recipe import OBSERVED, Recipe
 from brittle.path.rerun import batch_gradient
 from brittle.path.resume import Resumed
-from brittle.path.rules import scaled
+from brittle.path.rules import StepRule, scaled
 from brittle.path.store import PathReader
-from brittle.path.walked import Interval, WalkedStep, share_of
+from brittle.path.walked import Interval, WalkedStep, length_taken, share_of
 from brittle.subject import Subject
 
 DRIFT_LIMIT = 0.01
@@ -35,7 +35,6 @@ DRIFT_LIMIT = 0.01
 
 NOISE = 1e-4
 """Share of the largest gradient below which Adam's steps may follow rounding errors."""
-
 
 BESIDE = 1e-5
 """How far a factor may lie beside a power of two, in powers of two, to be put to it."""
@@ -69,7 +68,7 @@ def replay(path: PathReader, subject: Subject, flat: FlatModel, start: int, stop
     if stop == start + 1 or path.optimizer == OBSERVED:
         moments, length = moments_of(path, after, flat), stop - start
         states = [torch.lerp(before.state, after.state, k / length) for k in range(length)]
-        steps = [_walked(path, subject, flat, start + k, state, moments) for k, state in enumerate(states)]
+        steps = [_stored(path, subject, flat, start + k, state, moments) for k, state in enumerate(states)]
         return Interval(steps, after.state, 0.0)
     steps, drift = retrace(path, subject, flat, before, after)
     if not drift <= DRIFT_LIMIT:
@@ -90,11 +89,13 @@ def retrace(
     steps = []
     for index in range(before.step, after.step):
         seen, recipe, state = path.step(index), path.recipe(index).to(flat.state.device), flat.state.clone()
-        total = step_gradient(subject, flat, seen, moves_of(recipe))  # the loss moves the running statistics
-        optimizer.spend(seen, clipped(known(recipe, seen, total), seen, total))
+        moves = moves_of(recipe)
+        total = step_gradient(subject, flat, seen, moves)  # the loss moves the running statistics
+        recipe = known(recipe, seen, total)
+        optimizer.spend(seen, clipped(recipe, seen, total))
         if seen.statistics is not None:
             flat.state[flat.parameters :] = seen.statistics.to(flat.state)
-        steps.append(_walked(path, subject, flat, index, state, optimizer.moments(), total))
+        steps.append(WalkedStep(index, state, seen, _rule(recipe, seen, optimizer.moments(), total), moves))
     noise = _noise(flat, moments_of(path, after, flat))
     return steps, drift_of(before.state, flat.state.clone(), after.state, flat.parameters, noise)
 
@@ -104,8 +105,7 @@ def step_gradient(subject: Subject, flat: FlatModel, seen: Step, moves: Tensor |
     total = torch.zeros_like(flat.state)
     for batch in seen.batches:
         own = batch_gradient(subject, flat, batch, seen.manner.resting)
-        size = (own if moves is None else own * moves).double().norm().item()
-        total.add_(own, alpha=share_of(seen, batch, size))
+        total.add_(own, alpha=share_of(seen, batch, length_taken(own, moves)))
     return total
 
 
@@ -167,28 +167,26 @@ def moments_of(path: PathReader, snapshot: Snapshot, flat: FlatModel) -> Moments
     return {name: pad(snapshot.buffers[name], (0, len(flat) - flat.parameters)) for name in names}
 
 
-def _walked(
-    path: PathReader,
-    subject: Subject,
-    flat: FlatModel,
-    index: int,
-    state: Tensor,
-    moments: Moments,
-    total: Tensor | None = None,
+def _stored(
+    path: PathReader, subject: Subject, flat: FlatModel, index: int, state: Tensor, moments: Moments
 ) -> WalkedStep:
-    """A step with its rule. total: its gradient, where it is known; only clipping by value asks for it."""
+    """A step from a known state. Its gradient is needed only where it says how it was clipped."""
     seen, recipe = path.step(index), path.recipe(index).to(flat.state.device)
-    moves = moves_of(recipe)
-    if total is None and (seen.cut or seen.length):
+    moves, total = moves_of(recipe), None
+    if seen.cut or seen.length:
         flat.load(state)
         total = step_gradient(subject, flat, seen, moves)
-    recipe = recipe if total is None else known(recipe, seen, total)
+        recipe = known(recipe, seen, total)
+    return WalkedStep(index, state, seen, _rule(recipe, seen, moments, total), moves)
+
+
+def _rule(recipe: Recipe, seen: Step, moments: Moments, total: Tensor | None) -> StepRule:
+    """The step's coefficients; where it was clipped by value, by how much each coordinate of its gradient (P,) was."""
     rule = step_rule(recipe, moments)
-    if seen.cut and total is not None:
-        cut = torch.where(total == 0, 1.0, clipped(recipe, seen, total) / torch.where(total == 0, 1.0, total))
-        sign = 1.0 if path.optimizer == OBSERVED else recipe.where_held(recipe.sign, rest=1.0)
-        rule = replace(rule, clip=sign * cut)
-    return WalkedStep(index, state, seen, rule, moves)
+    if not seen.cut or total is None:
+        return rule
+    cut = torch.where(total == 0, 1.0, clipped(recipe, seen, total) / torch.where(total == 0, 1.0, total))
+    return replace(rule, clip=recipe.where_held(recipe.sign, rest=1.0) * cut)
 
 
 def _noise(flat: FlatModel, moments: Moments) -> Tensor | None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from brittle.errors import UnsupportedError
 from brittle.path.flat import Slot
-from brittle.path.optimizers import MULTIPLIED, OBSERVED, kind_of
+from brittle.path.optimizers import MULTIPLIED, kind_of
+from brittle.path.recipe import OBSERVED, named_momentum
 from brittle.path.watch import Changes
 
 NOT_SETTINGS = ("params", "lr", "initial_lr", "param_names")
@@ -156,7 +157,7 @@ class Spending:
             if owner < 0 or slot.name not in factors:
                 continue
             parameter, s = self._parameters[slot.name], groups[owner]
-            beta = float(s.get("momentum", (s.get("betas") or [0.0])[0]) or 0.0)
+            beta = named_momentum(s)
             assert parameter.grad is not None
             kept = self._traces.get(slot.name)
             self._traces[slot.name] = parameter.grad.clone() if kept is None else kept * beta + parameter.grad

@@ -208,6 +208,7 @@ class PathReader:
 
 
 def read_header(root: Path) -> dict[str, Any]:
+    """What path.json says. Raises `PathMismatchError` where there is none, or one of another format."""
     if not (root / "path.json").exists():
         raise PathMismatchError(
             f"path= must name a folder that a Recorder wrote, {root} has no path.json; correct it or leave it out"

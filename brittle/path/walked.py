@@ -44,9 +44,9 @@ class WalkedStep:
             return self.shares[next(k for k, one in enumerate(self.batches) if one is batch)]
         return share_of(self.seen, batch, norm)
 
-    def taken(self, gradient: Tensor) -> Tensor:
-        """The part of a gradient (P,) that the optimizer took."""
-        return gradient if self.moves is None else gradient * self.moves
+    def length(self, gradient: Tensor) -> float:
+        """Euclidean norm of what the optimizer took of a gradient (P,)."""
+        return length_taken(gradient, self.moves)
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ class Interval:
     def states(self) -> list[Tensor]:
         """The states before every step, and the end."""
         return [*(s.state for s in self.steps), self.end]
+
+
+def length_taken(gradient: Tensor, moves: Tensor | None) -> float:
+    """Euclidean norm of a gradient (P,) where it was taken. moves: (P,) bool, None for everywhere."""
+    return (gradient if moves is None else gradient * moves).double().norm().item()
 
 
 def share_of(seen: Step, batch: Batch, norm: float) -> float:

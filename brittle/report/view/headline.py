@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from brittle.findings import AttackResult, Estimate, Findings, Verdict
+from brittle.findings import SPOKEN_OF, AttackResult, Estimate, Findings, Verdict
 from brittle.report.formatting import NONE, Amount, amount, fixed, norm_name, number, percent, with_unit
 
 FAITHFUL_SHIFT_COSINE = 0.95
 """From this median cosine to a finer account on, the shift map is called faithful."""
-
-SPOKEN_OF = 0.005
-"""Share of what was learned from which the unexplained row is spoken of."""
 
 PATHS = {
     "recorded": "recorded path",
