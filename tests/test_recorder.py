@@ -361,6 +361,30 @@ def test_parameters_of_another_model_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_second_optimizer_is_refused_at_recording(tmp_path: Path) -> None:
+    model = tanh()
+    first, second = ([p for k, p in enumerate(model.parameters()) if k % 2 == part] for part in (0, 1))
+    one, other = SGD(first, lr=0.1), SGD(second, lr=0.1)
+    recorder = Recorder(model, one, tmp_path / "path")
+    F.cross_entropy(model(torch.randn(6, 4)), torch.arange(6) % 3).backward()
+    recorder.batch(torch.arange(6))
+    one.step()
+    other.step()
+    with pytest.raises(UnsupportedError, match=r"one optimizer must move all that is trained, found .+bias moved"):
+        recorder.close()
+
+
+def test_parameters_that_rest_may_belong_to_no_optimizer(tmp_path: Path) -> None:
+    model = tanh()
+    optimizer = SGD([next(model.parameters())], lr=0.1)
+    with Recorder(model, optimizer, tmp_path / "path") as recorder:
+        loss = F.cross_entropy(model(torch.randn(6, 4)), torch.arange(6) % 3)
+        loss.backward()
+        recorder.batch(torch.arange(6))
+        optimizer.step()
+    assert PathReader(tmp_path / "path").steps == 1
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
     loop = ByHand(tmp_path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -90,10 +91,15 @@ def described(tensors: Sequence[Tensor]) -> tuple[float, float, float]:
     with torch.no_grad():
         values = x.detach().reshape(-1)
         values = values.float() if values.element_size() < 4 else values
-        ramp = torch.linspace(0, 1, len(values), device=x.device, dtype=values.dtype)
+        ramp = _ramp(len(values), values.device, values.dtype)
         found = torch.stack([values.sum(), values @ values, values @ ramp]) / len(values)
         mean, square, ordered = found.tolist()
     return mean, square**0.5, ordered
+
+
+@lru_cache(maxsize=2)
+def _ramp(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.linspace(0, 1, length, device=device, dtype=dtype)
 
 
 def random_state(device: torch.device) -> Tensor:

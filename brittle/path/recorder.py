@@ -17,6 +17,7 @@ allows, then every second, fourth, ... step; what lies between is replayed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +147,7 @@ class Recorder:
         Where weights are averaged, call it after the average has been updated.
         """
         self._look_at_average()
+        self._spending.check_others()
         self._keeper.add_state(self._snapshot())
         self._keeper.write(wait=True)
         return self.steps
@@ -158,6 +160,7 @@ class Recorder:
         if self.steps == 0:
             raise DataError("a path needs at least one optimizer.step() between Recorder(...) and close(), found none")
         self._look_at_average()
+        self._spending.check_others()
         average = None if self._average is None else state_of(self._average.model).cpu()
         try:
             self._keeper.finish(self._snapshot(), average)
@@ -228,6 +231,7 @@ class Recorder:
             return
         self._look_at_average()
         if self._keeper.full:
+            self._spending.check_others()
             self._keeper.write()
         spending, watch = self._spending, self._watch
         if not (watch.passes or watch.taken()):
@@ -270,7 +274,7 @@ class Recorder:
 
     def _snapshot(self) -> Snapshot:
         state = torch.cat([parameters_of(self._model).cpu(), self._statistics])
-        if not state.isfinite().all():
+        if not math.isfinite(float(state.sum(dtype=torch.float64))):
             raise NotFiniteError(
                 f"weights must be finite, found NaN or infinity before step {self.steps}; the training diverged"
             )

@@ -35,7 +35,11 @@ class Spending:
         self._active, self._begun = torch.zeros(len(slots), dtype=torch.bool), self.extra()
         self._before: dict[str, Tensor] = {}
         self._traces: dict[str, Tensor] = {}
-        self.owner()  # refuses at the door what it would refuse at the first step
+        self._others = {
+            slot.name: parameters[slot.name].detach().clone()
+            for slot, owner in zip(slots, self.owner(), strict=True)  # refuses at the door what the first step would
+            if owner < 0 and not slot.buffer
+        }
 
     @property
     def trained(self) -> set[str]:
@@ -67,6 +71,18 @@ class Spending:
         """Whether a scaler has told a fused optimizer to leave this step out."""
         found = getattr(self._optimizer, "found_inf", None)
         return found is not None and bool(found > 0)
+
+    def check_others(self) -> None:
+        """Parameters that this optimizer has never held must rest. Raises `UnsupportedError` for one that moved."""
+        trained = self.trained
+        self._others = {name: value for name, value in self._others.items() if name not in trained}
+        for name, value in self._others.items():
+            if not torch.equal(self._parameters[name].detach(), value):
+                raise UnsupportedError(
+                    f"one optimizer must move all that is trained, found {name} moved by something else than "
+                    f"{self.name}; give one optimizer several parameter groups, or audit the trained model without a "
+                    "path"
+                )
 
     def begin(self, changes: Changes) -> tuple[Tensor, Tensor, Tensor]:
         """Before the step: its counts, factors and bounds by tensor, each (n,)."""
@@ -120,11 +136,8 @@ class Spending:
                     self._traces[slot.name] = buffers["trace"][slot.start : slot.stop].view(slot.shape).clone()
 
     def _over_parameters(self, states: Mapping[str, Mapping[str, Any]], key: str) -> Tensor:
-        parts = []
-        for name, p in self._parameters.items():
-            value = states[name].get(key)
-            parts.append((torch.zeros_like(p) if value is None else value).detach().reshape(-1).cpu())
-        return torch.cat(parts)
+        held = [(states[name].get(key), p) for name, p in self._parameters.items()]
+        return torch.cat([(torch.zeros_like(p) if v is None else v).detach().reshape(-1) for v, p in held]).cpu()
 
     def _held(self, slot: Slot) -> Mapping[str, Any]:
         return {} if slot.buffer else self._optimizer.state.get(self._parameters[slot.name], {})

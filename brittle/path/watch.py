@@ -46,8 +46,8 @@ class BackwardPass:
 
     def norm(self, names: Collection[str]) -> float:
         """Euclidean norm of the pass's gradient over some tensors."""
-        parts = [n[0].double() for name, n in self.norms.items() if name in names]
-        return torch.stack(parts).square().sum().sqrt().item() if parts else 0.0
+        parts = [(size,) for name, (size, _) in self.norms.items() if name in names]
+        return float(torch.linalg.vector_norm(_table(parts))) if parts else 0.0
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,8 @@ def _check_cut(gradients: Sequence[Tensor], raw: Tensor, given: Tensor, factor: 
             raise UnsupportedError(OTHERWISE)
 
 
-@torch.no_grad()
 def _norm(gradient: Tensor, order: float = 2.0) -> Tensor:
+    gradient = gradient.detach()
     if gradient.element_size() < 4:  # the squares of half precision overflow
         gradient = gradient.float()
     return torch.linalg.vector_norm(gradient, order)
