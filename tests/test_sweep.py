@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from by_hand import ByHand, sgd
 from cases import CASES, COUNT, QUERIES, RECIPES, SMOOTH, STEPS, Training, plain_pairs, queries, train
 from cases import float64 as float64
 from torch import Tensor, nn
 from torch.optim import SGD
 
 from brittle.errors import UnsupportedError
-from brittle.kernel.sweep import Quadrature, Swept, segment_cuts, sweep
+from brittle.kernel.sweep import Quadrature, Swept, segment_cuts, stretches, sweep
 from brittle.records import Ledger, Pairs
 
 NODES = 3
@@ -298,3 +300,45 @@ def test_a_frozen_trunk_that_the_model_itself_keeps_from_learning_is_fine(tmp_pa
     recipe = replace(RECIPES["momentum"], optimizer=lambda m: SGD(m.head.parameters(), lr=0.1, momentum=0.9))
     training = train(replace(CASES["tanh"], build=Trunk), recipe, tmp_path)
     assert_equal(swept(training).ledger, slow(training))
+
+
+# ---------------------------------------------------------------------------------------------------------- stretches
+
+
+@pytest.mark.parametrize("recipe", ["momentum l2", "adamw", "sgd"])
+def test_the_accounts_of_stretches_add_up_to_the_whole(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = train("tanh", recipe, tmp_path)
+    inputs, pairs = queries(training.subject)
+    parts = [(0, 3), (3, 4), (4, training.path.steps)]
+    whole = swept(training).ledger
+    monkeypatch.setattr("brittle.kernel.sweep.TAIL", 1e-14)
+    found = [sweep(training.path, training.subject, inputs, pairs, fixed(), stretch=part).ledger for part in parts]
+    for row in ("contributions", "decay", "buffers", "unexplained", "residual"):
+        assert torch.allclose(sum(getattr(part, row) for part in found), getattr(whole, row), atol=1e-11), row
+    assert torch.equal(found[0].start, whole.start)
+    assert torch.equal(found[-1].output, whole.output)
+    for before, after in pairwise(found):
+        assert torch.allclose(before.output, after.start, atol=1e-12)
+        assert before.contributions.abs().max() > 1e-3
+    for part in found:
+        assert torch.allclose(part.total(), part.output, atol=1e-12)
+
+
+def test_a_stretch_needs_the_later_steps_only_as_long_as_momentum_lasts(tmp_path: Path) -> None:
+    loop = ByHand(tmp_path, sgd(momentum=0.3))
+    loop.steps(200)
+    path, subject = loop.close(), loop.subject()
+    inputs, pairs = queries(subject)
+    parts = stretches(path, fixed(segment=4))
+    assert parts == [(0, parts[0][1]), (parts[0][1], 200)]
+    walked: list[int] = []
+    found = [
+        sweep(path, subject, inputs, pairs, fixed(segment=4), stretch=part, progress=lambda _, n: walked.append(n))
+        for part in parts
+    ]
+    assert parts[0][1] < walked[0] < 150
+    whole = sweep(path, subject, inputs, pairs, fixed(segment=4)).ledger
+    total = sum(part.ledger.contributions for part in found)
+    assert torch.allclose(total, whole.contributions, atol=1e-8)

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ from brittle.kernel.steps import check_step, step_pieces
 from brittle.path.checkpoints import Checkpoints
 from brittle.path.flat import FlatModel
 from brittle.path.observed import Batch
+from brittle.path.recipe import named_momentum
 from brittle.path.replay import Path, walk
 from brittle.path.rules import absent, pull_back, scaled
 from brittle.path.walked import Interval, WalkedStep
@@ -48,6 +50,13 @@ SEGMENTS = 12
 
 EARLY = (1, 2, 4)
 """Steps after which the path is cut besides: the first steps of adaptive optimizers are the largest."""
+
+
+TAIL = 1e-9
+"""Share of a momentum buffer that may be cut off where a stretch begins."""
+
+LONGER, FEWEST = 4, 16
+"""How much longer than its warm-up a stretch is at least, and the fewest steps that are taken for one."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +93,15 @@ def sweep(
     quadrature: Quadrature | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    stretch: tuple[int, int] | None = None,
 ) -> Swept:
     """The ledger of the outputs `pairs` at `inputs`, from the recorded path.
 
     Args:
         inputs: raw inputs, (M, *input).
         pairs: the two classes of each output's margin.
+        stretch: one of `stretches(path)`, to account for what its steps did, from f(w_a) to f(w_b), alone. The
+            ledgers of all stretches add up to the whole one.
 
     Returns:
         `Swept`; its ledger's rows add up to the outputs, and `residual` is what quadrature missed.
@@ -104,15 +116,38 @@ def sweep(
     q = quadrature or Quadrature()
     flat = FlatModel(subject.model, device)
     check_outputs(subject, flat)
-    cuts = segment_cuts(path.steps, 1 if isinstance(path, Checkpoints) else q.segment)
+    cuts = path_cuts(path, q)
     account = _Account(subject, flat, inputs, pairs, path, q, lines=len(cuts) - 1)
-    for segment in _segments(path, subject, flat, cuts):
-        if segment.steps[-1].index == path.steps - 1:
-            account.begin(segment.steps[-1])
-        account.take(segment)
+    first, last = stretch or (0, path.steps)
+    warm = next(cut for cut in cuts if cut >= _warm_from(path, last))
+    for segment in _segments(path, subject, flat, [cut for cut in cuts if first <= cut <= warm]):
+        if segment.steps[-1].index == warm - 1:
+            account.begin(segment, whole=last == path.steps)
+        account.take(segment, counts=segment.steps[0].index < last)
         if progress:
-            progress(path.steps - segment.steps[0].index, path.steps)
+            progress(warm - segment.steps[0].index, warm - first)
     return account.close()
+
+
+def stretches(path: Path, quadrature: Quadrature | None = None) -> list[tuple[int, int]]:
+    """The path in consecutive stretches [a, b) that can be accounted for apart, each much longer than its warm-up.
+
+    A momentum buffer carries a step's gradient on into later steps. So a stretch is begun as many steps behind its end
+    as it takes until less than `TAIL` of the buffer is left, and what those steps did is not counted.
+    """
+    cuts, ends = path_cuts(path, quadrature or Quadrature()), [0]
+    if isinstance(path, Checkpoints):
+        return [(0, path.steps)]
+    for cut in cuts[1:-1]:
+        warm = max(_warm_from(path, cut) - cut, FEWEST)
+        if cut - ends[-1] >= LONGER * warm and path.steps - cut >= LONGER * warm:
+            ends.append(cut)
+    return list(pairwise([*ends, path.steps]))
+
+
+def path_cuts(path: Path, quadrature: Quadrature) -> list[int]:
+    """The steps between which a path's segments lie; checkpoints are taken one by one."""
+    return segment_cuts(path.steps, 1 if isinstance(path, Checkpoints) else quadrature.segment)
 
 
 def segment_cuts(steps: int, segment: int) -> list[int]:
@@ -122,14 +157,27 @@ def segment_cuts(steps: int, segment: int) -> list[int]:
     return sorted({0, *early, *range(steps, 0, -size)})
 
 
+def _warm_from(path: Path, stop: int) -> int:
+    """The step before which the walk back must begin, so that less than `TAIL` of any buffer is cut at `stop`."""
+    if isinstance(path, Checkpoints):
+        return path.steps
+    left = 1.0
+    while stop < path.steps and left > TAIL:
+        left *= max(map(named_momentum, path.step(stop).manner.settings), default=0.0)
+        stop += 1
+    return stop
+
+
 def _segments(path: Path, subject: Subject, flat: FlatModel, cuts: Sequence[int]) -> Iterator[Interval]:
     """The path's segments between cuts, from last to first."""
     pending: list[WalkedStep] = []
     end: Tensor | None = None
     left, drift = list(cuts[:-1]), 0.0
-    for interval in walk(path, subject, flat, reverse=True):
-        end = interval.end if end is None else end
-        pending, drift = interval.steps + pending, max(drift, interval.drift)
+    for interval in walk(path, subject, flat, reverse=True, part=(cuts[0], cuts[-1])):
+        inside = [step for step in interval.steps if step.index < cuts[-1]]
+        if end is None:
+            end = interval.states()[len(inside)]
+        pending, drift = inside + pending, max(drift, interval.drift)
         while left and pending and pending[0].index <= left[-1]:
             first = left.pop() - pending[0].index
             yield Interval(pending[first:], end, drift)
@@ -158,26 +206,36 @@ class _Account:
         self.nodes, self.evaluations, self.drift = q.nodes, 0, 0.0
         self.averaging: Tensor | None = None  # J~ of the line to the averaged weights, shape (M, P)
 
-    def begin(self, last: WalkedStep) -> None:
-        """Look at the last step, and account for the line from the last weights to averaged ones."""
-        self.hidden = check_step(self.subject, self.flat, last)
+    def begin(self, last: Interval, whole: bool) -> None:
+        """Look at the last step, and take the line from the last weights to averaged ones.
+
+        whole: the account begins at the audited weights, and counts that line.
+        """
+        self.hidden = check_step(self.subject, self.flat, last.steps[-1])
         if self.path.average is not None:
             device = self.flat.state.device
             ends = (self.path.snapshot(self.path.steps).state.to(device), self.path.average.to(device))
-            self.averaging = self._line(*ends).jacobian
+            self.averaging = self._line(*ends, counts=whole).jacobian
+        if not whole:
+            self.output = self.start = outputs_at(self.subject, self.flat, last.end, self.inputs, self.pairs)
 
-    def take(self, segment: Interval) -> None:
-        """Account for one segment: its averaged gradient, then its steps from last to first."""
-        line = self._line(segment.steps[0].state, segment.end)
+    def take(self, segment: Interval, counts: bool = True) -> None:
+        """Account for one segment: its averaged gradient, then its steps from last to first.
+
+        counts: False in the warm-up, from which only the buffers are taken on.
+        """
+        line = self._line(segment.steps[0].state, segment.end, counts)
         for step in reversed(segment.steps):
             jacobian = line.jacobian
             if self.averaging is not None:
                 jacobian = jacobian - float(self.path.behind[step.index]) * self.averaging
-            self._spend(step, jacobian)
+            self._spend(step, jacobian, counts)
+        if not counts:
+            self.output = self.start
         self.nodes = max(self.q.nodes, line.nodes // 3)
         self.drift = max(self.drift, segment.drift)
 
-    def _line(self, low: Tensor, high: Tensor) -> Line:
+    def _line(self, low: Tensor, high: Tensor, counts: bool) -> Line:
         """The averaged gradient over a straight line that ends where the account has come to."""
         before, p = outputs_at(self.subject, self.flat, low, self.inputs, self.pairs), self.flat.parameters
         line = line_gradient(
@@ -192,16 +250,20 @@ class _Account:
             self.q.most,
             self.q.gauss,
         )
+        self.start = before
+        self.evaluations += line.nodes * len(self.inputs)
+        if not counts:
+            return line
         displacement = (high - low).to(line.jacobian)
         self.moved += (line.jacobian[:, :p] @ displacement[:p]).double()
         self.hidden_moved += (line.jacobian[:, self.hidden] @ displacement[self.hidden]).double()
         self.buffers += (line.jacobian[:, p:] @ displacement[p:]).double()
-        self.start = before
-        self.evaluations += line.nodes * len(self.inputs)
         return line
 
-    def _spend(self, step: WalkedStep, jacobian: Tensor) -> None:
+    def _spend(self, step: WalkedStep, jacobian: Tensor, counts: bool) -> None:
         credit, self.credit_later = pull_back(step.rule, self.credit_later, jacobian)
+        if not counts:
+            return
         weights = step.state.to(credit)
         decay = torch.zeros_like(self.decay)
         for pulled, by in ((credit, step.rule.l2), (jacobian, step.rule.decoupled)):

@@ -49,9 +49,21 @@ def intervals(path: Path, reverse: bool = False) -> list[tuple[int, int]]:
     return found[::-1] if reverse else found
 
 
-def walk(path: Path, subject: Subject, flat: FlatModel, reverse: bool = False) -> Iterator[Interval]:
-    """The intervals of the path, replayed where a state was not stored. Raises `PathMismatchError` on drift."""
+def walk(
+    path: Path,
+    subject: Subject,
+    flat: FlatModel,
+    reverse: bool = False,
+    part: tuple[int, int] | None = None,
+) -> Iterator[Interval]:
+    """The intervals of the path, replayed where a state was not stored. Raises `PathMismatchError` on drift.
+
+    part: leave out the intervals that have no step in [start, stop).
+    """
+    first, last = part or (0, path.steps)
     for start, stop in intervals(path, reverse):
+        if start >= last or stop <= first:
+            continue
         if isinstance(path, Checkpoints):
             yield path.interval(subject, flat, start)
         else:
