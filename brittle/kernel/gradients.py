@@ -60,8 +60,8 @@ def row_pieces(flat: FlatModel, scalar: Scalar, rows: int) -> Iterator[Piece]:
     piece before the next is asked for.
     """
     calls = _by_module(record(units(flat.model), scalar, flat.state.device))
-    _check_first_axis(calls, rows)
-    spans = {call.name: _spans(flat, call) for call in calls}
+    check_first_axis(calls, rows)
+    spans = {call.name: spans_of(flat, call) for call in calls}
     to_come = Counter(span for call in calls for span in spans[call.name])
     sums: dict[Span, Tensor] = {}
     while calls:
@@ -132,7 +132,8 @@ def _by_module(calls: list[Call]) -> list[Call]:
     return sorted(calls, key=lambda call: first[call.name], reverse=True)
 
 
-def _check_first_axis(calls: list[Call], rows: int) -> None:
+def check_first_axis(calls: list[Call], rows: int) -> None:
+    """Raises `UnsupportedError` where a module has not returned one row an example."""
     for call in calls:
         for g in call.upstream.values():
             if g.shape[:1] != (rows,):
@@ -142,7 +143,7 @@ def _check_first_axis(calls: list[Call], rows: int) -> None:
                 )
 
 
-def _spans(flat: FlatModel, call: Call) -> set[Span]:
+def spans_of(flat: FlatModel, call: Call) -> set[Span]:
     """The columns that a call may have gradients for; those of tied tensors are the same."""
     columns = [flat.columns[name] for name in own_tensors(call) if name in flat.columns]
     return {(c.start, c.stop) for c in columns}

@@ -1,14 +1,13 @@
 """Layer by layer: the gradient of each row of a batch with respect to a module's own weights.
 
-From what went into a call and the gradient g at what came out of it: for a linear layer the outer product of g and
-its input, for a convolution the same over unfolded positions, for normalization products with the normalized input;
-any other module runs again (`modules`). Products are formed in the state's dtype, whatever the pass ran in.
+From what went into a call and the gradient g at what came out of it: for linear layers and convolutions outer products
+of g and the input (`outer`), for normalization products with the normalized input; any other module runs again
+(`modules`). Products are formed in the state's dtype, whatever the pass ran in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from brittle.kernel.calls import Call
 from brittle.kernel.modules import is_whole, run_again
+from brittle.kernel.outer import Outer, Window
 
 
 def units(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -43,20 +43,45 @@ def weight_gradients(call: Call) -> dict[str, Tensor]:
         return _rule_for(call)(call)
 
 
+def outer_of(call: Call) -> Outer | None:
+    """The weight's gradients in factors, in the dtype of `call.upstream`; None for what is no sum of outer products."""
+    if not _is_plain(call) or not _is_outer(call.module):
+        return None
+    module, (g, a) = call.module, _factors(call)
+    if isinstance(module, nn.Linear):
+        g, a = (t.flatten(1, -2).transpose(1, 2) if t.dim() > 2 else t[:, :, None] for t in (g, a))
+        return Outer(g[:, None], a[:, None])
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d))
+    assert not isinstance(module.padding, str)
+    kernel, dilation, padding, stride = module.kernel_size, module.dilation, module.padding, module.stride
+    if isinstance(module, nn.Conv1d):  # one row of an image
+        a, kernel, dilation, padding, stride = a[:, :, None], (1, *kernel), (1, *dilation), (0, *padding), (1, *stride)
+    g = g.reshape(len(g), module.groups, -1, g.shape[2:].numel())
+    return Outer(g, a, Window(kernel, dilation, padding, stride))
+
+
 def _owns(module: nn.Module) -> bool:
     statistics = isinstance(module, _NormBase) and module.running_mean is not None
     return statistics or next(module.parameters(recurse=False), None) is not None
 
 
 def _rule_for(call: Call) -> Callable[[Call], dict[str, Tensor]]:
-    module, kind = call.module, type(call.module)
-    if len(call.args) != 1 or call.kwargs or "weight" not in module._parameters:
+    if not _is_plain(call):
         return run_again
-    if kind is nn.Linear:
-        return _linear
-    if kind in (nn.Conv1d, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-        return _convolution
-    return _normalization if isinstance(module, _BatchNorm) or _frozen(call) else run_again
+    if _is_outer(call.module):
+        return _outer
+    return _normalization if isinstance(call.module, _BatchNorm) or _frozen(call) else run_again
+
+
+def _is_plain(call: Call) -> bool:
+    """Whether the module took one input and uses a weight of its own."""
+    return len(call.args) == 1 and not call.kwargs and "weight" in call.module._parameters
+
+
+def _is_outer(module: nn.Module) -> bool:
+    if type(module) in (nn.Conv1d, nn.Conv2d):
+        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return type(module) is nn.Linear
 
 
 def _frozen(call: Call) -> bool:
@@ -64,35 +89,13 @@ def _frozen(call: Call) -> bool:
     return isinstance(call.module, _NormBase) and not call.training and call.module.running_mean is not None
 
 
-def _linear(call: Call) -> dict[str, Tensor]:
-    """W: sum over positions t of g_t a_t^T."""
-    g, a = _factors(call)
-    if g.dim() == 2:
-        out = {"weight": g[:, :, None] * a[:, None, :]}
-    else:
-        out = {"weight": torch.einsum("b...o,b...i->boi", g, a)}
+def _outer(call: Call) -> dict[str, Tensor]:
+    """W: sum over positions of g a^T; bias: sum of g."""
+    found = outer_of(call)
+    assert found is not None
+    out = {"weight": found.rows().view(-1, *call.module.get_parameter("weight").shape)}
     if call.module.bias is not None:
-        out["bias"] = g.flatten(1, -2).sum(1) if g.dim() > 2 else g
-    return out
-
-
-def _convolution(call: Call) -> dict[str, Tensor]:
-    """W: sum over positions of g times the unfolded input, group by group."""
-    conv, (g, a) = call.module, _factors(call)
-    assert isinstance(conv, (nn.Conv1d, nn.Conv2d))
-    kernel, stride, padding, dilation = (_two(v) for v in (conv.kernel_size, conv.stride, conv.padding, conv.dilation))
-    if isinstance(conv, nn.Conv1d):
-        g, a = g[:, :, None], a[:, :, None]
-        padding = (0, padding[1])
-        stride, dilation, kernel = (1, stride[1]), (1, dilation[1]), (1, kernel[1])
-    b, k = len(a), conv.groups
-    unfolded = F.unfold(a, kernel, dilation, padding, stride)  # shape: (B, d, positions)
-    d = unfolded.shape[1] // k
-    left = g.reshape(b * k, -1, unfolded.shape[2])
-    right = unfolded.reshape(b * k, d, -1)
-    out = {"weight": torch.bmm(left, right.transpose(1, 2))}
-    if conv.bias is not None:
-        out["bias"] = g.flatten(2).sum(2)
+        out["bias"] = found.bias_rows()
     return out
 
 
@@ -119,8 +122,3 @@ def _factors(call: Call) -> tuple[Tensor, Tensor]:
     """The gradient g at the output and the input a."""
     g = call.upstream[0]
     return g, call.args[0].to(g.dtype)
-
-
-def _two(value: Any) -> tuple[int, int]:
-    value = value if isinstance(value, tuple) else (value,)
-    return (value[0], value[-1])
