@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import reference
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from brittle.errors import UnsupportedError
+from brittle.kernel.credit import Credit
+from brittle.kernel.lowrank import LowRank
+from brittle.kernel.mixed import Layout
 from brittle.kernel.sweep import Quadrature, Swept, segment_cuts, stretches, sweep
 from brittle.records import Ledger, Pairs
 
@@ -342,3 +346,62 @@ def test_a_stretch_needs_the_later_steps_only_as_long_as_momentum_lasts(tmp_path
     whole = sweep(path, subject, inputs, pairs, fixed(segment=4)).ledger
     total = sum(part.ledger.contributions for part in found)
     assert torch.allclose(total, whole.contributions, atol=1e-8)
+
+
+# ----------------------------------------------------------------------------------------------------------- low rank
+
+
+@pytest.fixture
+def low_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear weights of any size are kept of low rank, and nothing is left out."""
+    monkeypatch.setattr("brittle.kernel.mixed.LEAST", 1)
+    monkeypatch.setattr("brittle.kernel.credit.LEFT_OUT", 0.0)
+    monkeypatch.setattr("brittle.kernel.lowrank.LowRank.dear", False)
+
+
+@pytest.mark.usefixtures("low_rank", "long_segments")
+@pytest.mark.parametrize("recipe", ["sgd", "momentum l2", "nesterov"])
+@pytest.mark.parametrize("case", ["tanh", "cnn"])
+def test_low_rank_is_the_same_account(case: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = train(case, recipe, tmp_path)
+    layouts: list[Layout] = []
+    monkeypatch.setattr(
+        "brittle.kernel.sweep.Credit", lambda layout, *rest: layouts.append(layout) or Credit(layout, *rest)
+    )
+    found = swept(training, fixed(segment=4)).ledger
+    assert layouts[-1].low
+    assert_equal(found, slow(training, cuts=segment_cuts(STEPS, 4)))
+    assert_balanced(found)
+
+
+@pytest.mark.usefixtures("low_rank", "long_segments")
+@pytest.mark.parametrize("dear", [True, False])
+def test_low_rank_becomes_a_matrix_where_it_must(dear: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where terms are too many, or a step's rule is not plain: gradients of the first steps are clipped by value."""
+    training = train("tanh", "momentum l2" if dear else "clip by value", tmp_path)
+    monkeypatch.setattr("brittle.kernel.sweep.plain", lambda rule: True)
+    monkeypatch.setattr("brittle.kernel.lowrank.LowRank.dear", dear)
+    plain_before = []
+    original = Credit.back
+
+    def watched(credit: Credit, *rest: Any) -> Any:
+        found = original(credit, *rest)
+        plain_before.append(not found.low)
+        return found
+
+    monkeypatch.setattr(Credit, "back", watched)
+    found = swept(training, fixed(segment=4)).ledger
+    assert plain_before[-1]
+    assert_equal(found, slow(training, cuts=segment_cuts(STEPS, 4)))
+
+
+@pytest.mark.parametrize("tolerance", [0.5, 0.1, 1e-3])
+def test_what_is_left_out_keeps_to_the_tolerance(tolerance: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    size = torch.logspace(0, -6, 8)[None, :, None]
+    terms = LowRank(size * torch.randn(5, 8, 6, generator=draw), torch.randn(5, 8, 30, generator=draw))
+    short = terms.shortened(tolerance)
+    off, whole = (short.matrices() - terms.matrices()).norm(dim=1), terms.matrices().norm(dim=1)
+    assert short.rank < terms.rank
+    assert (off <= tolerance * whole).all()
+    assert (off > 1e-3 * tolerance * whole).any()

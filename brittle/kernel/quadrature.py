@@ -19,7 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brittle.kernel.gradients import Scalar, check_rows, row_gradients, row_pieces
+from brittle.kernel.factors import Factors, factors_of, formed
+from brittle.kernel.gradients import Scalar, Span, check_rows, row_gradients, row_pieces
+from brittle.kernel.lowrank import LowRank, added, stacked
+from brittle.kernel.mixed import Layout, Mixed, rows_of
 from brittle.path.flat import FlatModel
 from brittle.records import Pairs
 from brittle.subject import Subject
@@ -41,7 +44,7 @@ CHECKED = 5
 class Line:
     """The averaged gradient over one segment for M outputs."""
 
-    jacobian: Tensor  # shape: (M, P)
+    jacobian: Mixed  # M rows
     missed: Tensor  # shape: (M,), increment minus jacobian . D
     nodes: int
 
@@ -81,6 +84,11 @@ def output_gradients(subject: Subject, flat: FlatModel, state: Tensor, inputs: T
     return row_gradients(flat, _margins(subject, flat, state, inputs, pairs), len(inputs))
 
 
+def output_factors(subject: Subject, flat: FlatModel, state: Tensor, inputs: Tensor, pairs: Pairs) -> Factors:
+    """The same in factors."""
+    return factors_of(flat, _margins(subject, flat, state, inputs, pairs), len(inputs))
+
+
 def _margins(subject: Subject, flat: FlatModel, state: Tensor, inputs: Tensor, pairs: Pairs) -> Scalar:
     """The sum of the pairs' margins at one point of the path, to be differentiated there."""
     flat.load(state)
@@ -109,10 +117,12 @@ def line_gradient(
     nodes: int,
     most: int,
     gauss: bool = False,
+    layout: Layout | None = None,
 ) -> Line:
     """Jbar over the straight line between two states.
 
     Args:
+        layout: what of it is kept of low rank.
         ends: the states (P,) at both ends.
         increment: f(w_b) - f(w_a), shape (M,).
         allowed: mean absolute miss (logits) above which the number of nodes is tripled, up to `most`.
@@ -120,21 +130,24 @@ def line_gradient(
         gauss: take as many Gauss-Legendre nodes instead, and do not refine.
     """
     low, high = ends
+    layout, displacement = layout or Layout(len(flat)), (high - low).to(flat.state)
 
-    def average(at: Sequence[float], weights: Sequence[float] | None = None) -> Tensor:
-        return _average(subject, flat, low, high, inputs, pairs, at, weights or [1 / len(at)] * len(at))
+    def average(at: Sequence[float], weights: Sequence[float] | None = None) -> Mixed:
+        weights = weights or [1 / len(at)] * len(at)
+        take = _average_in_factors if layout.low else _average
+        return take(subject, flat, [torch.lerp(low, high, t) for t in at], weights, inputs, pairs, layout)
 
     if gauss:
         jacobian = average(*gauss_nodes(nodes))
-        return Line(jacobian, increment - jacobian @ (high - low).to(jacobian), nodes)
+        return Line(jacobian, increment - jacobian.dot(displacement), nodes)
     jacobian = average(midpoints(nodes))
     while True:
-        missed = increment - (jacobian @ (high - low).to(jacobian))
+        missed = increment - jacobian.dot(displacement)
         if missed.abs().mean().item() <= allowed or 3 * nodes > most:
             return Line(jacobian, missed, nodes)
         nodes *= 3
         fresh = [t for k, t in enumerate(midpoints(nodes)) if k % 3 != 1]
-        jacobian = jacobian / 3 + average(fresh) * (2 / 3)
+        jacobian = jacobian.scaled(1 / 3).plus(2 / 3, average(fresh))
 
 
 def blocks(count: int, size: int) -> Iterator[slice]:
@@ -151,19 +164,42 @@ def row_blocks(count: int, flat: FlatModel) -> Iterator[slice]:
 def _average(
     subject: Subject,
     flat: FlatModel,
-    low: Tensor,
-    high: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[float],
     inputs: Tensor,
     pairs: Pairs,
-    at: Sequence[float],
-    weights: Sequence[float],
-) -> Tensor:
-    """The weighted mean of J over the points `at` of the line. Shape (M, P)."""
+    layout: Layout,
+) -> Mixed:
+    """The weighted mean of J over some states, as one matrix (M, P)."""
     out = flat.state.new_zeros(len(inputs), len(flat))
-    for t, weight in zip(at, weights, strict=True):
-        state = torch.lerp(low, high, t)
+    for state, weight in zip(states, weights, strict=True):
         for rows in row_blocks(len(inputs), flat):
             for columns, piece in output_pieces(subject, flat, state, inputs[rows], pairs[rows]):
                 out[rows, columns].add_(piece, alpha=weight)
                 del piece
-    return out
+    return Mixed(layout, out, {})
+
+
+def _average_in_factors(
+    subject: Subject,
+    flat: FlatModel,
+    states: Sequence[Tensor],
+    weights: Sequence[float],
+    inputs: Tensor,
+    pairs: Pairs,
+    layout: Layout,
+) -> Mixed:
+    """The same; large linear weights get one term a state."""
+    out = flat.state.new_zeros(len(inputs), layout.width)
+    terms: dict[Span, list[LowRank]] = {span: [] for span in layout.low}
+    for state, weight in zip(states, weights, strict=True):
+        blocks_of: dict[Span, list[LowRank]] = {span: [] for span in layout.low}
+        for rows in blocks(len(inputs), BLOCK):
+            for span, part in output_factors(subject, flat, state, inputs[rows], pairs[rows]).parts.items():
+                if span in blocks_of:
+                    blocks_of[span].append(rows_of(part).scaled(weight))
+                else:
+                    out[rows, layout.place(slice(*span))].add_(formed(part), alpha=weight)
+        for span, parts in blocks_of.items():
+            terms[span].append(stacked(parts))
+    return Mixed(layout, out, {span: added(parts) for span, parts in terms.items()})

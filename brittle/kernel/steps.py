@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from brittle.kernel.factors import Factors, factors_of
 from brittle.kernel.gradients import Piece, beyond_rounding, check_sum, row_pieces
 from brittle.path.flat import FlatModel
 from brittle.path.observed import Batch
@@ -27,7 +28,7 @@ def step_pieces(
     Yields (columns, (B, p), which of them count): columns whose rows add up to rounding count 0 where rows see each
     other, all others 1.
     """
-    coupled = _couples(flat)
+    coupled = couples(flat)
     for columns, rows in _pieces(subject, flat, step, batch):
         yield columns, rows, beyond_rounding(rows).to(rows) if coupled else 1.0
         del rows  # before the next tensor's are formed
@@ -39,7 +40,7 @@ def check_step(subject: Subject, flat: FlatModel, step: WalkedStep) -> Tensor:
     Returns the coordinates (k,) of the tensors whose gradient is mostly nothing but rounding, as that of a bias before
     batch normalization.
     """
-    hidden, coupled = torch.zeros_like(flat.state, dtype=torch.bool), _couples(flat)
+    hidden, coupled = torch.zeros_like(flat.state, dtype=torch.bool), couples(flat)
     for batch in step.batches:
         found = torch.zeros_like(flat.state)
         for columns, rows in _pieces(subject, flat, step, batch):
@@ -56,12 +57,19 @@ def check_step(subject: Subject, flat: FlatModel, step: WalkedStep) -> Tensor:
     return hidden.nonzero()[:, 0]
 
 
+def step_factors(subject: Subject, flat: FlatModel, step: WalkedStep, batch: Batch) -> Factors:
+    """The row gradients of one batch in factors, where rows do not see each other."""
+    flat.load(step.state)
+    resting = step.seen.manner.resting
+    return factors_of(flat, lambda: training_loss(subject, flat, batch, resting), len(batch))
+
+
+def couples(flat: FlatModel) -> bool:
+    """Whether the rows of a batch see each other."""
+    return any(isinstance(module, _BatchNorm) for module in flat.model.modules())
+
+
 def _pieces(subject: Subject, flat: FlatModel, step: WalkedStep, batch: Batch) -> Iterator[Piece]:
     flat.load(step.state)
     resting = step.seen.manner.resting
     return row_pieces(flat, lambda: training_loss(subject, flat, batch, resting), len(batch))
-
-
-def _couples(flat: FlatModel) -> bool:
-    """Whether the rows of a batch see each other."""
-    return any(isinstance(module, _BatchNorm) for module in flat.model.modules())

@@ -27,20 +27,23 @@ statistics are, to the row `buffers`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from brittle.kernel.quadrature import Line, check_outputs, line_gradient, outputs_at
-from brittle.kernel.steps import check_step, step_pieces
+from brittle.kernel.credit import Credit, plain
+from brittle.kernel.factors import formed
+from brittle.kernel.mixed import Layout, Mixed, rows_of
+from brittle.kernel.quadrature import Line, check_outputs, line_gradient, output_factors, outputs_at
+from brittle.kernel.steps import check_step, couples, step_factors, step_pieces
 from brittle.path.checkpoints import Checkpoints
 from brittle.path.flat import FlatModel
 from brittle.path.observed import Batch
 from brittle.path.recipe import named_momentum
 from brittle.path.replay import Path, walk
-from brittle.path.rules import absent, pull_back, scaled
+from brittle.path.rules import absent, scaled
 from brittle.path.walked import Interval, WalkedStep
 from brittle.records import Ledger, Pairs, Progress
 from brittle.subject import Subject
@@ -202,9 +205,9 @@ class _Account:
         self.decay, self.buffers, self.explained, self.moved = zeros(m), zeros(m), zeros(m), zeros(m)
         self.hidden = torch.zeros(0, dtype=torch.int64)  # coordinates without a gradient but rounding
         self.hidden_moved, self.hidden_explained = zeros(m), zeros(m)
-        self.credit_later = flat.state.new_zeros(m, len(flat))
+        self.credit = Credit(Layout(len(flat)), m, flat.state)
         self.nodes, self.evaluations, self.drift = q.nodes, 0, 0.0
-        self.averaging: Tensor | None = None  # J~ of the line to the averaged weights, shape (M, P)
+        self.averaging: Mixed | None = None  # J~ of the line to the averaged weights
 
     def begin(self, last: Interval, whole: bool) -> None:
         """Look at the last step, and take the line from the last weights to averaged ones.
@@ -212,6 +215,7 @@ class _Account:
         whole: the account begins at the audited weights, and counts that line.
         """
         self.hidden = check_step(self.subject, self.flat, last.steps[-1])
+        self.credit = Credit(self._layout(last.steps[-1]), len(self.inputs), self.flat.state)
         if self.path.average is not None:
             device = self.flat.state.device
             ends = (self.path.snapshot(self.path.steps).state.to(device), self.path.average.to(device))
@@ -225,11 +229,16 @@ class _Account:
         counts: False in the warm-up, from which only the buffers are taken on.
         """
         line = self._line(segment.steps[0].state, segment.end, counts)
+        self.credit.enter(line.jacobian)
         for step in reversed(segment.steps):
             jacobian = line.jacobian
             if self.averaging is not None:
-                jacobian = jacobian - float(self.path.behind[step.index]) * self.averaging
-            self._spend(step, jacobian, counts)
+                jacobian = jacobian.plus(-float(self.path.behind[step.index]), self.averaging)
+                credit = self.credit.back(step.rule, jacobian)
+            else:
+                credit = self.credit.back(step.rule)
+            if counts:
+                self._spend(step, credit, jacobian)
         if not counts:
             self.output = self.start
         self.nodes = max(self.q.nodes, line.nodes // 3)
@@ -249,29 +258,31 @@ class _Account:
             self.nodes,
             self.q.most,
             self.q.gauss,
+            self.credit.layout,
         )
         self.start = before
         self.evaluations += line.nodes * len(self.inputs)
         if not counts:
             return line
-        displacement = (high - low).to(line.jacobian)
-        self.moved += (line.jacobian[:, :p] @ displacement[:p]).double()
-        self.hidden_moved += (line.jacobian[:, self.hidden] @ displacement[self.hidden]).double()
-        self.buffers += (line.jacobian[:, p:] @ displacement[p:]).double()
+        displacement = (high - low).to(self.flat.state)
+        weights = torch.cat([displacement[:p], torch.zeros_like(displacement[p:])])
+        self.moved += line.jacobian.dot(weights).double()
+        self.hidden_moved += self._hidden(line.jacobian, displacement)
+        self.buffers += line.jacobian.dot(displacement - weights).double()
         return line
 
-    def _spend(self, step: WalkedStep, jacobian: Tensor, counts: bool) -> None:
-        credit, self.credit_later = pull_back(step.rule, self.credit_later, jacobian)
-        if not counts:
-            return
-        weights = step.state.to(credit)
+    def _spend(self, step: WalkedStep, credit: Mixed, jacobian: Mixed) -> None:
+        weights = step.state.to(self.flat.state)
         decay = torch.zeros_like(self.decay)
         for pulled, by in ((credit, step.rule.l2), (jacobian, step.rule.decoupled)):
             if not absent(by):
                 decayed = by * weights
-                decay -= (pulled @ decayed).double()
-                self.hidden_explained -= (pulled[:, self.hidden] @ decayed[self.hidden]).double()
-        credit = scaled(step.rule.clip, credit)
+                decay -= pulled.dot(decayed).double()
+                self.hidden_explained -= self._hidden(pulled, decayed)
+        if isinstance(step.rule.clip, Tensor):
+            credit = replace(credit, dense=step.rule.clip * credit.dense)
+        elif step.rule.clip != 1:
+            credit = credit.scaled(step.rule.clip)
         for batch in step.batches:
             ids, shares = batch.credited(self._rows(step, batch, credit))
             self.contributions.index_add_(1, ids.to(shares.device), shares)
@@ -280,17 +291,42 @@ class _Account:
         self.explained += decay
         self.evaluations += step.seen.examples
 
-    def _rows(self, step: WalkedStep, batch: Batch, credit: Tensor) -> Tensor:
+    def _rows(self, step: WalkedStep, batch: Batch, credit: Mixed) -> Tensor:
         """What each row of a batch contributed, (M, B)."""
-        pulled = torch.zeros(len(credit), len(batch), dtype=torch.float64, device=credit.device)
+        pulled = torch.zeros(len(self.inputs), len(batch), dtype=torch.float64, device=self.flat.state.device)
         total = torch.zeros_like(self.flat.state)
-        for columns, rows, weight in step_pieces(self.subject, self.flat, step, batch):
-            pulled += ((credit[:, columns] * weight) @ rows.T).double()
-            total[columns] = weight * rows.sum(0)
-            del rows
+        if credit.low:
+            for (start, stop), part in step_factors(self.subject, self.flat, step, batch).parts.items():
+                if low := credit.low.get((start, stop)):
+                    factors = rows_of(part)
+                    pulled += low.products(factors).double()
+                    total[start:stop] = factors.sum()
+                else:
+                    rows = formed(part)
+                    pulled += (credit.dense[:, credit.layout.place(slice(start, stop))] @ rows.T).double()
+                    total[start:stop] = rows.sum(0)
+        else:
+            for columns, rows, weight in step_pieces(self.subject, self.flat, step, batch):
+                pulled += (scaled(weight, credit.dense[:, columns]) @ rows.T).double()
+                total[columns] = scaled(weight, rows.sum(0))
+                del rows
         share = step.share(batch, step.length(total))
-        self.hidden_explained -= share * (credit[:, self.hidden] @ total[self.hidden]).double()
+        self.hidden_explained -= share * self._hidden(credit, total)
         return -share * pulled
+
+    def _hidden(self, pulled: Mixed, vector: Tensor) -> Tensor:
+        """Products with a vector (P,) over the hidden coordinates, which are columns of a plain matrix: (M,)."""
+        if not len(self.hidden):
+            return torch.zeros_like(self.decay)
+        return (pulled.dense[:, self.hidden] @ vector[self.hidden]).double()
+
+    def _layout(self, last: WalkedStep) -> Layout:
+        """What may be kept of low rank: large linear weights, where neither rows nor averaged weights forbid it."""
+        batch = last.batches[0]
+        if couples(self.flat) or self.path.average is not None or not plain(last.rule):
+            return Layout(len(self.flat))
+        outputs = output_factors(self.subject, self.flat, last.state, self.inputs[:2], self.pairs[:2])
+        return Layout.common(len(self.flat), [outputs, step_factors(self.subject, self.flat, last, batch)])
 
     def close(self) -> Swept:
         start, output = self.start.double(), self.output.double()
