@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +20,9 @@ from brittle._version import __version__
 from brittle.blame import described
 from brittle.errors import SubjectError, UsageError
 from brittle.exits import terminable, verdict
+
+if TYPE_CHECKING:
+    from brittle.subject import Subject
 
 PRESETS = ("quick", "standard", "thorough")
 """Those of `brittle.pipeline`, which is too heavy to ask for `--help`."""
@@ -81,6 +85,13 @@ def audits(command: Command) -> Command:
         click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder."),
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all randomness."),
         click.option("--no-progress", is_flag=True, help="Draw no progress bars."),
+        click.option(
+            "--memory-budget",
+            callback=_bytes,
+            metavar="SIZE",
+            help="For the queries that are accounted for at once, such as 500M or 4G.  [default: 1G]",
+        ),
+        click.option("--deterministic", is_flag=True, help="The same bits every time; one thread a process."),
         looks,
     )
 
@@ -98,6 +109,14 @@ def _pairs(context: click.Context, parameter: click.Parameter, values: tuple[str
     return dict(value.split("=", 1) for value in values)
 
 
+def _bytes(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """A number of bytes with an optional K, M or G."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)(?:i?B)?", value or "0", re.IGNORECASE)
+    if found is None or (value is not None and float(found[1]) == 0):
+        raise click.BadParameter(f"must be a size, found {value!r}; write 500M or 4G", context, parameter)
+    return None if value is None else int(float(found[1]) * 1024 ** " KMG".index(found[2].upper() or " "))
+
+
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.pass_context
@@ -109,26 +128,53 @@ def commands(context: click.Context) -> None:
 
 @commands.command()
 @audits
-def audit(
-    spec: str, out: Path, options: dict[str, str], queries: int | None, no_progress: bool, **settings: Any
-) -> None:
+def audit(out: Path, **asked: Any) -> None:
     """Map, attack, compare, suggest and report on the subject that SPEC makes.
 
     SPEC is file.py:make or package.module:make. The same command on the same folder resumes.
     """
     from brittle import pipeline
-    from brittle.loading import load_subject
-    from brittle.runs import begun
     from brittle.terminal import headline
 
-    _check_device(settings["device"])
-    begun(out)  # a folder of something else is refused before the subject trains
-    if queries is not None:
-        settings["queries"] = queries
-    with _progress(not no_progress):
-        subject = load_subject(spec, options)
-        findings = pipeline.audit(subject, out, spec=spec, options=options, progress=not no_progress, **settings)
+    with _asked(out, **asked) as (subject, settings):
+        findings = pipeline.audit(subject, out, **settings)
     click.echo(headline(findings, out / "report.html"))
+
+
+@commands.command("map")
+@audits
+@click.option("--shard", metavar="I/N", help="This job's share of the units of work, 0/N to N-1/N in an array of jobs.")
+def make_map(out: Path, shard: str | None, **asked: Any) -> None:
+    """Make the map of an audit alone: memory, shift, holes, and the ledger of the queries.
+
+    SPEC is file.py:make or package.module:make. The same command resumes, and `brittle audit` goes on from it. Under
+    torchrun its processes share the work. In an array of jobs each does its share; the same command without --shard,
+    or the job that comes last, adds up.
+    """
+    from brittle import pipeline
+    from brittle.shares import share_of
+    from brittle.terminal import charted
+
+    share = share_of(shard)
+    with _asked(out, **asked) as (subject, settings):
+        found = pipeline.make_map(subject, out, share=share, **settings)
+    if share.leads or share.lone:
+        click.echo(charted(found, out))
+
+
+@contextmanager
+def _asked(
+    out: Path, spec: str, options: dict[str, str], no_progress: bool, **settings: Any
+) -> Iterator[tuple[Subject, dict[str, Any]]]:
+    """The subject, and what is asked of it by keyword; what was not given is left to the pipeline."""
+    from brittle.loading import load_subject
+    from brittle.runs import begun
+
+    _take_device(settings["device"])
+    begun(out)  # a folder of something else is refused before the subject trains
+    given = {key: value for key, value in settings.items() if value is not None}
+    with _progress(not no_progress):
+        yield load_subject(spec, options), {"spec": spec, "options": options, "progress": not no_progress, **given}
 
 
 @commands.command()
@@ -156,10 +202,13 @@ def doctor(context: click.Context, spec: str, options: dict[str, str], queries: 
     return SubjectError.exit_status if any(check.verdict == "fail" for check in found) else 0
 
 
-def _check_device(name: str) -> None:
+def _take_device(name: str) -> None:
+    """Check that the device is there; under torchrun each process of a machine takes a GPU of its own for `cuda`."""
     import torch
 
     try:
+        if name == "cuda" and "LOCAL_RANK" in os.environ:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.zeros(1, device=name)
     except Exception as error:
         raise UsageError(f"--device must be of this machine, found {name!r} ({described(error)}); take cpu") from error

@@ -54,6 +54,10 @@ class DiskError(BrittleError):
     """The disk is full or cannot be written."""
 
 
+class OutOfMemoryError(BrittleError):
+    """What cannot be cut any smaller does not fit into memory."""
+
+
 class SkippedError(BrittleError):
     """Too many inputs had to be skipped for the result to mean anything."""
 

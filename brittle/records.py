@@ -13,7 +13,7 @@ has the logits (0, z), so that its margin is the logit signed towards the predic
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -124,6 +124,11 @@ class Ledger:
     output: Tensor
 
     ROWS = ("start", "examples", "decay", "buffers", "unexplained", "residual")
+
+    @classmethod
+    def join(cls, *parts: Ledger) -> Ledger:
+        """The accounts of several sets of outputs, one after the other."""
+        return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
 
     def row(self, name: str) -> Tensor:
         """One row of the ledger by name, shape (M,); `examples` is the sum of the contributions."""

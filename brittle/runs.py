@@ -8,7 +8,8 @@
     report.html            the page
 
 Each file is written whole, with its checksum beside it (`brittle.shards`). A stage's result that is there and
-undamaged is loaded instead of computed: so the same command resumes. One process at a time holds the folder.
+undamaged is loaded instead of computed: so the same command resumes. One process holds the folder, or several that
+share the work of one map; then each claims what it computes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -26,42 +29,52 @@ from torch import Tensor
 
 from brittle.errors import DamagedFileError, RunFolderError, UsageError
 from brittle.findings import Findings
-from brittle.locks import hold
+from brittle.locks import claim, hold
 from brittle.settings import as_written, difference, versions
 from brittle.shards import read_arrays, read_bytes, read_notes, whole, write_arrays, write_bytes
 
 OURS = (".json", ".csv", ".html", ".safetensors")
 """Endings of the files that this module writes."""
 
+CLAIMS = ".claims"
+"""The folder of the locks on what is being computed."""
 
-def open_run(root: Path | str, settings: Mapping[str, Any]) -> RunFolder:
+
+def open_run(root: Path | str, settings: Mapping[str, Any], shared: bool = False) -> RunFolder:
     """Begin a run in `root`, or resume the run of the same settings, and hold the folder until it is closed.
 
     Args:
         root: an absent or empty folder (a recorded `path/` may lie in it), or the folder of an earlier run.
         settings: whatever the result depends on, as plain data; the versions of the libraries are added.
+        shared: hold it together with other processes of the same settings that share it.
 
     Raises:
         RunFolderError: where the folder belongs to another audit, is no run folder, or is held by a process.
         DiskError: where it cannot be written.
     """
     root, wanted = Path(root), as_written({**settings, "versions": versions()})
-    run = RunFolder(root, hold(root))
+    run = RunFolder(root, hold(root, shared=shared), shared)
     try:
-        if begun(root):
-            other = difference(run.load_document("settings"), wanted)
-            if other:
-                raise RunFolderError(
-                    f"{root} belongs to another audit: {other}; name another --out, or delete the folder"
-                )
-        else:
-            run.save_document("settings", wanted)
-        for leftover in root.rglob(".*.tmp"):  # of a run that was killed while it wrote
-            leftover.unlink(missing_ok=True)
+        with run.claim("settings"):
+            _settle(run, wanted)
+        if not shared:
+            for leftover in root.rglob(".*.tmp"):  # of a run that was killed while it wrote
+                leftover.unlink(missing_ok=True)
+            shutil.rmtree(root / CLAIMS, ignore_errors=True)
     except BaseException:
         run.close()
         raise
     return run
+
+
+def _settle(run: RunFolder, wanted: Any) -> None:
+    """Write the settings of a new run; hold those of an earlier one against them."""
+    if not begun(run.root):
+        run.save_document("settings", wanted)
+        return
+    other = difference(run.load_document("settings"), wanted)
+    if other:
+        raise RunFolderError(f"{run.root} belongs to another audit: {other}; name another --out, or delete the folder")
 
 
 def read_run(root: Path | str) -> RunFolder:
@@ -83,7 +96,7 @@ def begun(root: Path) -> bool:
     if not root.is_dir():
         raise RunFolderError(f"--out must name a folder, {root} is a file; name another")
     settings = root / "settings.json"
-    others = [p.name for p in root.iterdir() if p.name not in ("path", ".lock") and p.suffix != ".tmp"]
+    others = [p.name for p in root.iterdir() if p.name not in ("path", ".lock", CLAIMS) and p.suffix != ".tmp"]
     if set(others) <= {settings.name, f"{settings.name}.sha256"}:
         return whole(settings)
     if not settings.exists():
@@ -97,8 +110,8 @@ def begun(root: Path) -> bool:
 class RunFolder:
     """One audit's files. Made by `open_run` (to write, holding the folder) and `read_run` (to read)."""
 
-    def __init__(self, root: Path, lock: IO[str] | None = None) -> None:
-        self.root, self._lock = root, lock
+    def __init__(self, root: Path, lock: IO[str] | None = None, shared: bool = False) -> None:
+        self.root, self._lock, self._shared = root, lock, shared
 
     def has(self, name: str) -> bool:
         """Whether the arrays of a stage, or of a part `STAGE/PART`, are there and undamaged."""
@@ -115,6 +128,26 @@ class RunFolder:
     def notes(self, name: str) -> dict[str, str]:
         """The text notes beside the arrays of a stage."""
         return read_notes(self.arrays_path(name))
+
+    @contextmanager
+    def claim(self, name: str, wait: bool = True) -> Iterator[bool]:
+        """Claim what is computed under a name, so that no other process computes it at the same time.
+
+        Yields whether it is claimed: always, after the other's end, where `wait` is true.
+        """
+        if not self._shared:
+            yield True
+            return
+        held = claim(self.root / CLAIMS / name.replace("/", "-"), wait)
+        try:
+            yield held is not None
+        finally:
+            if held is not None:
+                held.close()
+
+    def drop(self, name: str) -> None:
+        """Delete a folder of parts that are not needed any more."""
+        shutil.rmtree(self.root / name, ignore_errors=True)
 
     def has_document(self, name: str) -> bool:
         """Whether NAME.json is there and undamaged."""

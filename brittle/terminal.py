@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from brittle.errors import UsageError
 from brittle.findings import Findings
-from brittle.report.formatting import number, signed
+from brittle.report.formatting import fixed, number, percent, signed
 from brittle.report.view.flips import ExampleView, FlipView, flips_of
 from brittle.report.view.headline import headline_of
 from brittle.runs import RunFolder
+
+if TYPE_CHECKING:
+    from brittle.pipeline.charting import Charted
 
 TOP = 5
 """Training examples named on either side of a ledger."""
@@ -34,6 +38,23 @@ def headline(findings: Findings, report: Path | str) -> str:
         ("report", str(report)),
     ]
     return _aligned(rows)
+
+
+def charted(found: Charted, run: Path | str) -> str:
+    """How far a map has come, and what goes on from there, in one line."""
+    if found.missing:
+        return (
+            f"{run}: {found.units - found.missing} of {found.units} units are finished; run the other shards, then the "
+            "same command without --shard"
+        )
+    parts = [f"{run}: {found.queries} queries over {found.examples} training examples are mapped"]
+    if found.ledger is not None:
+        parts.append(f"their account misses {percent(found.ledger.relative_residual)} of what was learned")
+    if found.fidelity is not None:
+        parts.append(f"shift cosine {fixed(found.fidelity.shift_cosine, 3)}")
+    if found.holes is not None:
+        parts.append(f"{found.holes} holes")
+    return ", ".join(parts) + "; `brittle audit` goes on from here"
 
 
 def explanation(run: RunFolder, query: int) -> str:

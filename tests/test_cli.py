@@ -98,6 +98,9 @@ def test_audit_passes_everything_on(spec: str, pipeline: SimpleNamespace, tmp_pa
         "--preset",
         "thorough",
         "--no-progress",
+        "--memory-budget",
+        "1.5g",
+        "--deterministic",
         "-p",
         "n=12",
     ]
@@ -112,6 +115,8 @@ def test_audit_passes_everything_on(spec: str, pipeline: SimpleNamespace, tmp_pa
         "spec": spec,
         "options": {"n": "12"},
         "progress": False,
+        "memory_budget": 1_610_612_736,
+        "deterministic": True,
     }
     assert quiet
     assert "BRITTLE_NO_PROGRESS" not in os.environ
@@ -120,7 +125,7 @@ def test_audit_passes_everything_on(spec: str, pipeline: SimpleNamespace, tmp_pa
 def test_audit_leaves_the_number_of_queries_to_the_pipeline(spec: str, pipeline: SimpleNamespace) -> None:
     assert main(["audit", spec, "--out", "x"]) == 0
     settings, quiet = pipeline.calls[0][2:]
-    assert "queries" not in settings
+    assert not {"queries", "memory_budget"} & set(settings)
     assert settings["progress"] is True
     assert quiet is None
 
@@ -239,6 +244,16 @@ def test_a_traceback_only_with_debug(spec: str, pipeline: SimpleNamespace, capsy
         ("audit mine.py:make --out x --querys 3", 2, "No such option:? '?--querys'?.*--queries"),
         ("audit mine.py:make --out x --queries 0", 2, "Invalid value for '--queries': 0 is not in the range x>=1"),
         ("audit mine.py:make --out x --preset slow", 2, "Invalid value for '--preset': 'slow' is not one of 'quick', "),
+        ("audit mine.py:make --out x --memory-budget 0", 2, "Invalid value for '--memory-budget': .* found '0'; write"),
+        (
+            "audit mine.py:make --out x --memory-budget much",
+            2,
+            ".*--memory-budget.*must be a size, found 'much'; write",
+        ),
+        ("map mine.py:make --out x --shard 2/2", 2, r"--shard must be I/N with I from 0 to N-1, found '2/2'; number"),
+        ("map mine.py:make --out x --shard 1", 2, r"--shard must be I/N with I from 0 to N-1, found '1'; number the"),
+        ("map mine.py:make --out x --shard -1/2", 2, r"--shard must be I/N with I from 0 to N-1, found '-1/2'; number"),
+        ("map mine.py:make", 2, "Missing option '--out'; see `brittle map --help`"),
         ("audit mine.py:make --out x --seed red", 2, "Invalid value for '--seed': 'red' is not a valid int"),
         ("audti mine.py:make", 2, "No such command 'audti'.*see `brittle --help`"),
         ("--nonsense", 2, "No such option:? '?--nonsense'?.*see `brittle --help`"),

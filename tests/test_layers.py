@@ -18,6 +18,8 @@ ROOMS = (
     "findings",
     "shards",
     "locks",
+    "shares",
+    "deterministic",
     "checks",
     "data",
     "augmentation",

@@ -5,34 +5,33 @@
     probes     what the model really says under every probe
     holes      predicted failure regions, from the first queries alone
     attacks    the nearest failure of each sealed query
-    ledger     the account of the first queries, and of the worst flips before and after
+    ledger     the account of the first queries, in units of work, and of the worst flips before and after
     agreement  predicted against observed, on sealed queries
     suggest    which examples to add, checked by retraining
     report     findings.json, failures.csv, holes.json, report.html
 
-Each stage's result is kept in the run folder; the same command resumes after the last whole one.
+Each stage's result is kept in the run folder; the same command resumes after the last whole one. `make_map` makes the
+stages up to holes, and the ledger of the first queries: alone, as one of several processes, or as one job of an array.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from brittle.assemble import Evidence, hole_findings, write_run
-from brittle.errors import UsageError
 from brittle.findings import Findings
-from brittle.outcomes import observe
-from brittle.pipeline.context import PRESETS, RECORDS, Context, prepare
+from brittle.kernel.units import BUDGET
+from brittle.pipeline.accounting import whole_account
+from brittle.pipeline.charting import Charted, chart
+from brittle.pipeline.context import PRESETS, Asked, Context, begin
 from brittle.pipeline.judging import agreement, suggestions
 from brittle.pipeline.mapping import holes, memory, memory_fidelity, shift
-from brittle.pipeline.observing import account, attacks, flips
-from brittle.runs import RunFolder, open_run
-from brittle.settings import fingerprints
-from brittle.stages import Stages
+from brittle.pipeline.observing import attacks, flips, probes
+from brittle.shares import Share
 from brittle.subject import Subject
 
-__all__ = ["PRESETS", "audit"]
+__all__ = ["PRESETS", "audit", "make_map"]
 
 
 def audit(
@@ -46,6 +45,8 @@ def audit(
     spec: str | None = None,
     options: Mapping[str, str] | None = None,
     progress: bool = True,
+    memory_budget: int = BUDGET,
+    deterministic: bool = False,
 ) -> Findings:
     """Audit a classifier and write the run folder `out`; the same call resumes an interrupted one.
 
@@ -56,6 +57,8 @@ def audit(
         preset: quick, standard or thorough.
         spec, options: how the subject was made, noted in settings.json.
         progress: draw progress bars.
+        memory_budget: bytes for the queries that are accounted for at once.
+        deterministic: the same bits every time, in one thread.
 
     Returns:
         The findings, as in findings.json.
@@ -63,35 +66,45 @@ def audit(
     Raises:
         BrittleError: one of its kinds, with the rule, the value found and the remedy.
     """
-    if preset not in PRESETS:
-        raise UsageError(f"preset must be one of {', '.join(PRESETS)}, found {preset!r}")
-    settings = {
-        "spec": spec,
-        "options": dict(options or {}),
-        "queries": queries,
-        "seed": seed,
-        "device": device,
-        "effort": {"preset": preset, **asdict(PRESETS[preset])},
-        "path": str(subject.path) if subject.path else None,
-        "fingerprints": fingerprints(subject),
-    }
-    with open_run(out, settings) as run:
-        stages = Stages(run, RECORDS, seed, progress)
-        return _run(prepare(subject, stages, queries, device, preset), run, spec)
+    asked = Asked(queries, seed, device, preset, spec, options or {}, progress, memory_budget, deterministic)
+    with begin(subject, out, asked) as c:
+        return _run(c, spec)
 
 
-def _run(c: Context, run: RunFolder, spec: str | None) -> Findings:
+def make_map(
+    subject: Subject,
+    out: Path | str,
+    *,
+    share: Share = Share(),  # noqa: B008  (it is frozen)
+    queries: int = 200,
+    seed: int = 0,
+    device: str = "cpu",
+    preset: str = "quick",
+    spec: str | None = None,
+    options: Mapping[str, str] | None = None,
+    progress: bool = True,
+    memory_budget: int = BUDGET,
+    deterministic: bool = False,
+) -> Charted:
+    """Make the map alone: memory, shift, holes, and the account of the predicting queries; `audit` goes on from there.
+
+    Arguments and errors are those of `audit`. share: of the work, where several processes make the map together.
+    """
+    asked = Asked(queries, seed, device, preset, spec, options or {}, progress, memory_budget, deterministic)
+    with begin(subject, out, asked, share) as c:
+        return chart(c)
+
+
+def _run(c: Context, spec: str | None) -> Findings:
     """The stages, each from what the earlier ones found."""
     built = memory(c)
     faithful = memory_fidelity(c, built)
     moved = shift(c, built)
-    observed = c.stages(
-        "probes", "probing", lambda tick, _: observe(c.subject, c.split.both, c.families, c.draws, tick)
-    )
+    observed = probes(c)
     regions = holes(c, moved, observed)
     attacked = attacks(c, built)
     flipped = flips(c, observed, attacked)
-    accounted = account(c, flipped)
+    accounted = whole_account(c, flipped)
     contests, agreed = agreement(c, built, moved, observed, attacked)
     evidence = Evidence(
         subject=c.subject,
@@ -112,4 +125,4 @@ def _run(c: Context, run: RunFolder, spec: str | None) -> Findings:
     )
     tested = hole_findings(evidence)
     missing = suggestions(c, tested, regions, failures=sum(hole.test.failures for hole in tested if hole.test))
-    return write_run(evidence, tested, missing, run, c.stages.cost(c.device))
+    return write_run(evidence, tested, missing, c.stages.run, c.stages.cost(c.device))

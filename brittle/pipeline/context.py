@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path as FilePath
+from typing import Any
 
 from torch import Tensor
 
 from brittle import accounts
 from brittle.agreement.contests import Contest
+from brittle.deterministic import deterministic
+from brittle.errors import UsageError
 from brittle.kernel.memory import Memory
+from brittle.kernel.units import Part
 from brittle.mass import cluster_groups
 from brittle.outcomes import Observed
 from brittle.path.replay import Path
 from brittle.probes import Family, families_for
 from brittle.records import AttackRows, Groups, Ledger, Norm, Pairs, ShiftMap
+from brittle.runs import open_run
+from brittle.settings import fingerprints
+from brittle.shares import Share
 from brittle.shift import draw_probes
 from brittle.split import Split, split_test
 from brittle.stages import Stages
@@ -22,7 +31,7 @@ from brittle.subject import Subject
 
 RECORDS = {
     record.__name__: record
-    for record in (accounts.Account, AttackRows, Contest, Ledger, Memory, Observed, Pairs, ShiftMap)
+    for record in (accounts.Account, AttackRows, Contest, Ledger, Memory, Observed, Pairs, Part, ShiftMap)
 }
 NORMS: tuple[Norm, ...] = ("l2", "linf")
 
@@ -58,6 +67,8 @@ class Context:
     groups: Groups
     device: str
     preset: str
+    budget: int  # bytes for a block of queries
+    share: Share  # of the work, where several processes do it
 
     @property
     def effort(self) -> Effort:
@@ -67,11 +78,53 @@ class Context:
         return {name: draw[len(self.split.predict) :] for name, draw in self.draws.items()}
 
 
-def prepare(subject: Subject, stages: Stages, queries: int, device: str, preset: str) -> Context:
+@dataclass(frozen=True)
+class Asked:
+    """What the user asks for."""
+
+    queries: int
+    seed: int
+    device: str
+    preset: str
+    spec: str | None
+    options: Mapping[str, str]
+    progress: bool
+    memory_budget: int
+    deterministic: bool
+
+    def settings(self, subject: Subject) -> dict[str, Any]:
+        """What the result depends on."""
+        return {
+            "spec": self.spec,
+            "options": dict(self.options),
+            "queries": self.queries,
+            "seed": self.seed,
+            "device": self.device,
+            "effort": {"preset": self.preset, **asdict(PRESETS[self.preset])},
+            "deterministic": self.deterministic,
+            "path": str(subject.path) if subject.path else None,
+            "fingerprints": fingerprints(subject),
+        }
+
+
+@contextmanager
+def begin(subject: Subject, out: FilePath | str, asked: Asked, share: Share | None = None) -> Iterator[Context]:
+    """Hold the run folder, and prepare what all stages share. share: of the work, with others in the same folder."""
+    if asked.preset not in PRESETS:
+        raise UsageError(f"preset must be one of {', '.join(PRESETS)}, found {asked.preset!r}")
+    settings = asked.settings(subject)
+    with open_run(out, settings, shared=share is not None) as run, deterministic(asked.deterministic):
+        share = share or Share()
+        stages = Stages(run, RECORDS, asked.seed, asked.progress and share.leads)
+        yield prepare(subject, stages, asked, share)
+
+
+def prepare(subject: Subject, stages: Stages, asked: Asked, share: Share) -> Context:
     """The cheap beginnings, made anew in a resumed audit."""
     path = accounts.open_path(subject)
-    split = split_test(subject, queries, stages.generator("split"))
+    split = split_test(subject, asked.queries, stages.generator("split"))
     families = families_for(subject, stages.generator("families"))
     draws = draw_probes(split.both, families, stages.generator("draws"))
-    groups = cluster_groups(subject, PRESETS[preset].clusters)
-    return Context(subject, stages, path, split, families, draws, groups, device, preset)
+    groups = cluster_groups(subject, PRESETS[asked.preset].clusters)
+    shared = (asked.device, asked.preset, asked.memory_budget, share)
+    return Context(subject, stages, path, split, families, draws, groups, *shared)

@@ -1,20 +1,22 @@
-"""The stages that observe and explain: attacks, the worst flips, the ledger."""
+"""The stages that observe: the model under probes, attacks, the worst flips."""
 
 from __future__ import annotations
 
-import torch
-
-from brittle import accounts
 from brittle.attacks import suite
 from brittle.attacks.envelope import envelope
 from brittle.flips import Flips, worst_flips
 from brittle.kernel.differentiable import differentiable_mass
 from brittle.kernel.memory import Memory
 from brittle.mass import class_groups
-from brittle.outcomes import Observed
+from brittle.outcomes import Observed, observe
 from brittle.pipeline.context import NORMS, Context
-from brittle.records import AttackRows, Pairs, Progress
+from brittle.records import AttackRows, Progress
 from brittle.stages import Spend
+
+
+def probes(c: Context) -> Observed:
+    """What the model really says under every probe."""
+    return c.stages("probes", "probing", lambda tick, _: observe(c.subject, c.split.both, c.families, c.draws, tick))
 
 
 def attacks(c: Context, memory: Memory) -> list[AttackRows]:
@@ -53,18 +55,3 @@ def flips(c: Context, observed: Observed, attacked: list[AttackRows]) -> Flips:
         c.families,
         c.sealed_draws(),
     )
-
-
-def account(c: Context, flips: Flips) -> accounts.Account:
-    """One sweep: the predicting queries, then every flip before and after."""
-    predict = c.split.predict
-    ids = torch.cat([predict.ids, *[c.split.sealed.ids[flips.rows]] * 2])
-    inputs = torch.cat([predict.inputs, flips.before, flips.after])
-    pairs = Pairs.join(predict.pairs, flips.pairs, flips.pairs)
-
-    def compute(tick: Progress, spend: Spend) -> accounts.Account:
-        found = accounts.account(c.subject, c.path, ids, inputs, pairs, c.device, tick)
-        spend(found.evaluations)
-        return found
-
-    return c.stages("ledger", "balancing the ledger", compute)
