@@ -58,17 +58,20 @@ def auto_pgd(
     generator: torch.Generator,
     steps: int = 100,
     loss: Literal["ce", "dlr"] = "ce",
+    early: bool = False,
 ) -> AttackRows:
     """Raise the loss as far as it goes within distance `epsilon`, from a random point there.
 
-    Of the successes the one with the largest margin is returned. Cost: `steps` evaluations an input.
+    Of the successes the one with the largest margin is returned. Cost: `steps` evaluations an input; with `early` it
+    is left at its first success.
     """
-    search = Search(problem, keep="surest")
+    search = Search(problem, keep="surest", epsilon=epsilon)
     radius = problem.inputs.new_full((len(problem),), epsilon)
     noise = torch.randn(problem.inputs.shape, generator=generator).to(problem.inputs)
     start = problem.inputs + epsilon * steepest(noise, problem.norm)
     rows = torch.arange(len(problem), device=radius.device)
-    climb(problem, search, Climb(loss, steps), start, radius, rows, generator)
+    with search:
+        climb(problem, search, Climb(loss, steps, early), start, radius, rows, generator)
     return search.rows(f"APGD-{loss.upper()}", "fixed", epsilon)
 
 

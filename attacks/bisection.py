@@ -39,20 +39,21 @@ def auto_pgd_minimal(
     Cost: at most 1 + K + `rounds` x `steps` + 6 evaluations an input.
     """
     search = Search(problem)
-    bearing = take_bearing(search, Guide.margin(problem), search.look(problem.inputs), candidates, generator)
-    farthest = room(problem.inputs, problem.bounds, problem.norm)
-    radius = torch.minimum(FIRST * bearing.tip[:, 0], farthest)
-    climbs = (
-        (problem, Climb("ce", steps - steps // 2, early=True)),
-        (problem.aimed(bearing.rivals[:, 0]), Climb("dlr", steps // 2, early=True)),
-    )
-    tops, failed = [problem.inputs, problem.inputs], torch.zeros_like(radius)
-    for _ in range(rounds):
-        before = search.best.clone()
-        for k, (aimed, how) in enumerate(climbs):
-            rows = (search.best >= before).nonzero()[:, 0]
-            tops[k] = climb(aimed, search, how, tops[k], radius, rows, generator)
-        failed = torch.where(search.best < before, failed, radius)
-        radius = torch.where(search.best.isfinite(), (failed + search.best) / 2, (2 * radius).minimum(farthest))
-    search.pull_in(LINE_SEARCH)
+    with search:
+        bearing = take_bearing(search, Guide.margin(problem), search.look(problem.inputs), candidates, generator)
+        farthest = room(problem.inputs, problem.bounds, problem.norm)
+        radius = torch.minimum(FIRST * bearing.tip[:, 0], farthest)
+        climbs = (
+            (problem, Climb("ce", steps - steps // 2, early=True)),
+            (problem.aimed(bearing.rivals[:, 0]), Climb("dlr", steps // 2, early=True)),
+        )
+        tops, failed = [problem.inputs, problem.inputs], torch.zeros_like(radius)
+        for _ in range(rounds):
+            before = search.best.clone()
+            for k, (aimed, how) in enumerate(climbs):
+                rows = (search.best >= before).nonzero()[:, 0]
+                tops[k] = climb(aimed, search, how, tops[k], radius, rows, generator)
+            failed = torch.where(search.best < before, failed, radius)
+            radius = torch.where(search.best.isfinite(), (failed + search.best) / 2, (2 * radius).minimum(farthest))
+        search.pull_in(LINE_SEARCH)
     return search.rows("APGD bisection", "minimal")

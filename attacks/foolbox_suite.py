@@ -15,15 +15,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brittle.attacks.problem import Logits, Problem
+from brittle.attacks.geometry import within
+from brittle.attacks.problem import Problem
+from brittle.attacks.route import Guide, take_bearing
 from brittle.attacks.search import Search
 from brittle.records import AttackRows
 
+LINE_SEARCH = 6
+"""Halvings at the end."""
+
+RIVALS = 5
+"""Classes among which DDN's second half looks for the nearest."""
+
+SHARP = 20.0
+"""Logits that the clean margin counts for in the second half."""
+
 
 def ddn(problem: Problem, *, generator: torch.Generator, steps: int = 100) -> AttackRows:
-    """Decoupled direction and norm, a minimal-norm attack in L2. Cost: `steps` + 1 evaluations an input."""
-    search = Search(problem)
-    _ask(search, _foolbox().attacks.DDNAttack(steps=steps), generator)
+    """Decoupled direction and norm, a minimal-norm attack in L2.
+
+    The first half of the steps climbs the cross entropy; the second goes for the rival that is nearest to first order
+    (or the target), with logits so large that its cross entropy looks at one rival at a time: by the first alone
+    linear models of five classes came out up to 16 % too far. The gap to the input is halved at the end, since the
+    last steps are a hundredth of the bounds' width. Cost: at most 1 + 5 + `steps` + 8 evaluations an input.
+    """
+    search, attack = Search(problem), _foolbox().attacks.DDNAttack
+    with search:
+        clean = search.look(problem.inputs)
+        bearing = take_bearing(search, Guide.margin(problem), clean, RIVALS, generator)
+        _ask(search, attack(steps=steps - steps // 2), generator)
+        sharpness = SHARP / problem.margin(clean).abs().clamp_min(torch.finfo(clean.dtype).tiny)
+        _ask(search, attack(steps=steps // 2), generator, bearing.rivals[:, 0], sharpness[:, None])
+        search.pull_in(LINE_SEARCH)
     return search.rows("DDN", "minimal")
 
 
@@ -32,24 +55,44 @@ def pgd(problem: Problem, epsilon: float, *, generator: torch.Generator, steps: 
 
     A step is 2.5 `epsilon` / `steps` long. Cost: `steps` + 1 evaluations an input.
     """
-    search, (low, high) = Search(problem), problem.bounds
+    search, (_, wide) = Search(problem, epsilon=epsilon), _scale(problem)
     attacks = _foolbox().attacks
     attack = (attacks.L2PGD if problem.norm == "l2" else attacks.LinfPGD)(steps=steps, rel_stepsize=2.5 / steps)
-    _ask(search, attack, generator, epsilon=epsilon / (high - low))
+    with search:
+        _ask(search, attack, generator, epsilon=epsilon / wide)
     return search.rows("PGD", "fixed", epsilon)
 
 
-def _ask(search: Search, attack: Any, generator: torch.Generator, **options: float) -> None:
-    """Run a foolbox attack, scaled to [0, 1], and show what it returns to the search."""
+def _ask(
+    search: Search,
+    attack: Any,
+    generator: torch.Generator,
+    targets: Tensor | None = None,
+    sharpness: Tensor | None = None,
+    **options: float,
+) -> None:
+    """Run a foolbox attack, scaled to [0, 1], and show what it returns to the search.
+
+    Args:
+        targets: (B,) classes to go for in place of the problem's goal.
+        sharpness: (B, 1) by which logits are multiplied.
+    """
     problem = search.problem
-    low, width = problem.bounds[0], problem.bounds[1] - problem.bounds[0]
-    inputs = ((problem.inputs - low) / width).clamp(0, 1)
-    model = _foolbox().PyTorchModel(_Scaled(search).eval(), bounds=(0, 1), device=inputs.device)
+    low, wide = _scale(problem)
+    inputs = ((problem.inputs - low) / wide).clamp(0, 1)
+    model = _foolbox().PyTorchModel(_Scaled(search, sharpness).eval(), bounds=(0, 1), device=inputs.device)
     with torch.random.fork_rng([inputs.device] if inputs.is_cuda else []):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        points = attack.run(model, inputs, _criterion(problem), **options)
-    points = (low + points.detach() * width).clamp(*problem.bounds)
-    search.look(points)
+        points = attack.run(
+            model, inputs, _criterion(problem if targets is None else problem.aimed(targets)), **options
+        )
+    search.look(within(low + points.detach() * wide, problem.bounds))
+
+
+def _scale(problem: Problem) -> tuple[float, float]:
+    """The smallest value of all inputs, and their widest range: the same for all channels, so that norms stay."""
+    low = float(torch.as_tensor(problem.bounds[0]).min())
+    return low, float(torch.as_tensor(problem.bounds[1]).max()) - low
 
 
 def _criterion(problem: Problem) -> Any:
@@ -70,26 +113,28 @@ def _foolbox() -> Any:
 class _Scaled(nn.Module):
     """The logits of inputs scaled to [0, 1], counted."""
 
-    def __init__(self, search: Search) -> None:
+    def __init__(self, search: Search, sharpness: Tensor | None) -> None:
         super().__init__()
-        self._search = search
+        self._search, self._sharpness = search, sharpness
 
     def forward(self, inputs: Tensor) -> Tensor:
-        low, high = self._search.problem.bounds
-        self._search.charge(1)
-        return _InputGradient.apply(low + inputs * (high - low), self._search.problem.logits)
+        low, wide = _scale(self._search.problem)
+        logits = _InputGradient.apply(low + inputs * wide, self._search)
+        return logits if self._sharpness is None else logits * self._sharpness
 
 
 class _InputGradient(torch.autograd.Function):
-    """Logits whose backward pass ends at the inputs: foolbox calls `backward`, which would fill the weights' grad."""
+    """Logits whose backward pass ends at the inputs: foolbox calls `backward`, which would fill the weights' grad.
+
+    The question goes through the search, so that it is counted, capped, and its successes are kept.
+    """
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, logits: Logits) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, search: Search) -> Tensor:
         with torch.enable_grad():
-            ctx.inputs = inputs.detach().requires_grad_()
-            ctx.logits = logits(ctx.inputs)
-        return ctx.logits.detach()
+            ctx.asked = search.graph(within(inputs.detach(), search.problem.bounds))
+        return ctx.asked.logits.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return torch.autograd.grad(ctx.logits, ctx.inputs, gradient)[0], None
+        return ctx.asked.pull_back(ctx.asked.logits, gradient), None

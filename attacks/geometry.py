@@ -1,13 +1,17 @@
-"""Distances, steepest directions and projections in L2 and Linf, inside the bounds.
+"""Distances, steepest directions and projections in L0, L1, L2 and Linf, inside the bounds.
 
-For a clean input x in the box [low, high], the points within radius r of x that the box allows are a convex set
-whose nearest point to any z is, in Linf, the clipped z, and in L2
+For a clean input x in the box [low, high], the points within radius r of x that the box allows are, but for L0, a
+convex set. With d = z - x, its point nearest to any z is
 
-    clip(x + t (z - x)),    t in [0, 1] such that its distance to x is r (or t = 1),
+    Linf    the clipped z
+    L2      clip(x + t d),                  t in [0, 1] such that its distance to x is r (or t = 1)
+    L1      clip(x + sign(d) (|d| - t)+),   t >= 0 such that its distance to x is r (or t = 0)
+    L0      clip(z) in the r coordinates where that comes nearest to z, x in the others
 
-because the Lagrangian of the projection splits over the coordinates. With F the coordinates that the box leaves
-free at t and S those it stopped, |clip(x + t d) - x|^2 = sum_S room^2 + t^2 sum_F d^2, so t is found by solving this
-for the S of the last t, starting with none: it rises to the solution, never beyond it, and stays there once S does.
+because the Lagrangian of the projection splits over the coordinates, and x lies in the box. In L2, with F the
+coordinates that the box leaves free at t and S those it stopped, |clip(x + t d) - x|^2 = sum_S room^2 + t^2 sum_F d^2:
+t is found by solving this for the S of the last t, starting with none: it rises to the solution, never beyond it, and
+stays there once S does. In L1, t is bisected.
 """
 
 from __future__ import annotations
@@ -17,25 +21,51 @@ from torch import Tensor
 
 from brittle.records import Norm
 
-Bounds = tuple[float, float]
+Bounds = tuple[float, float] | tuple[Tensor, Tensor]
+"""Smallest and largest value of an input: numbers, or tensors that broadcast over one, such as (C, 1, 1)."""
 
 ROUNDS = 12
-"""Most rounds of the search for t; it stops when no input moves any more, after three or four as a rule."""
+"""Most rounds of the search for t in L2; it stops when no input moves any more, after three or four as a rule."""
 
 SETTLED = 1e-4
 """Relative change of t at which it does."""
+
+HALVINGS = 40
+"""Of the interval of t in L1."""
+
+
+def within(points: Tensor, bounds: Bounds) -> Tensor:
+    """The nearest points within the bounds."""
+    low, high = bounds
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return points.clamp(torch.as_tensor(low).to(points), torch.as_tensor(high).to(points))
+    return points.clamp(low, high)
+
+
+def width(bounds: Bounds) -> float:
+    """The widest range that a value has."""
+    return float(torch.as_tensor(bounds[1] - bounds[0]).max())
 
 
 def size(offset: Tensor, norm: Norm) -> Tensor:
     """Norm of each row. offset: (B, *input) -> (B,)."""
     flat = offset.flatten(1)
-    return flat.norm(dim=1) if norm == "l2" else flat.abs().amax(1)
+    if norm == "l2":
+        return flat.norm(dim=1)
+    if norm == "linf":
+        return flat.abs().amax(1)
+    return flat.abs().sum(1) if norm == "l1" else (flat != 0).sum(1).to(flat)
 
 
 def dual_size(gradient: Tensor, norm: Norm) -> Tensor:
-    """The most that a function with this gradient changes per unit of distance: the dual norm, (B,)."""
+    """The most that a function with this gradient changes per unit of distance: the dual norm, (B,).
+
+    In L0, where there is no such bound, as in L1: per coordinate that moves by 1.
+    """
     flat = gradient.flatten(1)
-    return flat.norm(dim=1) if norm == "l2" else flat.abs().sum(1)
+    if norm == "l2":
+        return flat.norm(dim=1)
+    return flat.abs().sum(1) if norm == "linf" else flat.abs().amax(1)
 
 
 def distance(inputs: Tensor, others: Tensor, norm: Norm) -> Tensor:
@@ -44,7 +74,7 @@ def distance(inputs: Tensor, others: Tensor, norm: Norm) -> Tensor:
 
 
 def steepest(gradient: Tensor, norm: Norm, generator: torch.Generator | None = None) -> Tensor:
-    """The direction of size 1 that climbs fastest: g / |g| in L2, sign(g) in Linf.
+    """The direction of size 1 that climbs fastest: g / |g| in L2, sign(g) in Linf, one coordinate in L1 and L0.
 
     Where a gradient vanishes or is not finite a random direction takes its place (drawn from `generator`).
     """
@@ -56,6 +86,10 @@ def steepest(gradient: Tensor, norm: Norm, generator: torch.Generator | None = N
         largest = size(gradient, "linf")
     if norm == "linf":
         return gradient.sign()
+    if norm in ("l1", "l0"):
+        flat = gradient.flatten(1)
+        top = flat.abs().argmax(1, keepdim=True)
+        return torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign()).reshape(gradient.shape)
     scaled = gradient / spread(largest, gradient)  # so that squares of tiny gradients do not underflow
     return scaled / spread(size(scaled, "l2"), gradient)
 
@@ -72,15 +106,17 @@ def room(inputs: Tensor, bounds: Bounds, norm: Norm) -> Tensor:
 
 
 def into_ball(points: Tensor, centres: Tensor, radius: Tensor, bounds: Bounds, norm: Norm) -> Tensor:
-    """The nearest points that lie within `radius` (B,) of the centres and within the bounds; exact in both norms.
+    """The nearest points that lie within `radius` (B,) of the centres and within the bounds; exact in every norm.
 
-    The centres lie within the bounds.
+    The centres lie within the bounds. In L0 the radius counts coordinates and is rounded down.
     """
     if norm == "linf":
         near = torch.minimum(torch.maximum(points, centres - spread(radius, points)), centres + spread(radius, points))
-        return near.clamp(*bounds)
+        return within(near, bounds)
     offset = points - centres
-    return _along(centres, offset, radius, bounds, longest=1.0)
+    if norm == "l2":
+        return _along(centres, offset, radius, bounds, longest=1.0)
+    return _shrunk(centres, offset, radius, bounds) if norm == "l1" else _fewest(centres, points, radius, bounds)
 
 
 def onto_sphere(points: Tensor, centres: Tensor, radius: Tensor, bounds: Bounds) -> Tensor:
@@ -105,4 +141,25 @@ def _along(centres: Tensor, offset: Tensor, radius: Tensor, bounds: Bounds, long
             break
         free = (ends > t[:, None]).to(steps)
         moving, stopped = (steps * free).sum(1), (stops * (1 - free)).sum(1)
-    return (centres + spread(t, offset) * offset).clamp(low, high)
+    return within(centres + spread(t, offset) * offset, bounds)
+
+
+def _shrunk(centres: Tensor, offset: Tensor, radius: Tensor, bounds: Bounds) -> Tensor:
+    """L1: the offset's coordinates drawn towards 0 by the same length, then clipped."""
+    at = lambda t: within(centres + offset.sign() * (offset.abs() - spread(t, offset)).clamp_min(0), bounds)  # noqa: E731
+    low, high = torch.zeros_like(radius), size(offset, "linf")
+    inside = size(at(low) - centres, "l1") <= radius
+    for _ in range(HALVINGS):
+        half = (low + high) / 2
+        fits = size(at(half) - centres, "l1") <= radius
+        low, high = torch.where(fits, low, half), torch.where(fits, half, high)
+    return at(torch.where(inside, 0, high))
+
+
+def _fewest(centres: Tensor, points: Tensor, radius: Tensor, bounds: Bounds) -> Tensor:
+    """L0: those `radius` coordinates changed that bring the clipped point nearest."""
+    clipped = within(points, bounds)
+    gain = ((points - centres).square() - (points - clipped).square()).flatten(1)
+    rank = gain.argsort(dim=1, descending=True).argsort(dim=1)
+    kept = (rank < radius.floor()[:, None]).reshape(points.shape)
+    return torch.where(kept, clipped, centres)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from brittle.attacks.descent import Descent, descend
-from brittle.attacks.geometry import spread, steepest
+from brittle.attacks.geometry import spread, steepest, within
 from brittle.attacks.problem import Problem
 from brittle.attacks.route import Bearing, Guide, Route, random_bearing, take_bearing, trace
 from brittle.attacks.search import Search
@@ -73,19 +73,22 @@ def seek_holes(
     Cost: `steps` + K `guide.evaluations` an input, and 2 `guide.evaluations` for the route.
     """
     search = Search(problem)
-    clean = search.look(problem.inputs)
-    scale = problem.margin(clean).abs().maximum(LEAST * (clean.amax(1) - clean.amin(1)))
-    bearing = _bearing(search, guide, clean, candidates, generator)
-    times = torch.zeros_like(bearing.rivals)  # shape: (B, K) tracks that aimed at a rival or ended there
-    for k, share in enumerate(_shares(steps - 1 - LINE_SEARCH, tracks)):
-        rank = times.argmin(1)  # the best-ranked of those tried least: argmin gives the first of equals
-        rival = bearing.rivals.gather(1, rank[:, None])[:, 0]
-        start = bearing.start(problem, rank, START)
-        again = spread(times.amin(1) > 0, start)
-        start = torch.where(again, _anywhere(problem, START * search.best, generator), start)
-        descend(problem.aimed(rival) if k else problem, search, start, scale, AIMED if k else FREE, share, generator)
-        times += bearing.rivals == (rival if k else search.classes)[:, None]
-    search.pull_in(LINE_SEARCH)
+    with search:
+        clean = search.look(problem.inputs)
+        scale = problem.margin(clean).abs().maximum(LEAST * (clean.amax(1) - clean.amin(1)))
+        bearing = _bearing(search, guide, clean, candidates, generator)
+        times = torch.zeros_like(bearing.rivals)  # shape: (B, K) tracks that aimed at a rival or ended there
+        for k, share in enumerate(_shares(steps - 1 - LINE_SEARCH, tracks)):
+            rank = times.argmin(1)  # the best-ranked of those tried least: argmin gives the first of equals
+            rival = bearing.rivals.gather(1, rank[:, None])[:, 0]
+            start = bearing.start(problem, rank, START)
+            again = spread(times.amin(1) > 0, start)
+            start = torch.where(again, _anywhere(problem, START * search.best, generator), start)
+            descend(
+                problem.aimed(rival) if k else problem, search, start, scale, AIMED if k else FREE, share, generator
+            )
+            times += bearing.rivals == (rival if k else search.classes)[:, None]
+        search.pull_in(LINE_SEARCH)
     route = trace(search, guide) if traced and isinstance(guide, Guide) else None
     return search.rows(NAME, "minimal"), route
 
@@ -115,4 +118,4 @@ def _anywhere(problem: Problem, radius: Tensor, generator: torch.Generator) -> T
     """A random point about `radius` (B,) away; the input itself where that is infinite."""
     noise = torch.randn(problem.inputs.shape, generator=generator).to(problem.inputs)
     reach = torch.where(radius.isfinite(), radius, 0.0)
-    return (problem.inputs + spread(reach, noise) * steepest(noise, problem.norm)).clamp(*problem.bounds)
+    return within(problem.inputs + spread(reach, noise) * steepest(noise, problem.norm), problem.bounds)

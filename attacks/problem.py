@@ -1,7 +1,7 @@
-"""What every attack is given: inputs, what their model says, and what counts as success.
+"""What every attack is given: inputs, what their model says, what counts as success, and what may be spent.
 
-An attack is a function of a `Problem`: find, near each input and within the bounds, one that is misclassified, or
-that is classified as the target where there is one.
+An attack is a function of a `Problem`, and of a generator where it is random: find, near each input and within the
+bounds, one that is misclassified, or that is classified as the target where there is one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from brittle.attacks.geometry import Bounds
 from brittle.attacks.losses import margin
+from brittle.errors import UsageError
 from brittle.records import Norm
 
 Logits = Callable[[Tensor], Tensor]
@@ -27,7 +28,14 @@ SLACK = 16
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs to be attacked in one norm; with `targets`, only the target class counts as success."""
+    """Inputs to be attacked in one norm; with `targets`, only the target class counts as success.
+
+    Args:
+        cap: evaluations that an input may cost at most; an attack ends with the best it had by then.
+        enough: an input is let go at its first success within this distance.
+        draws: of a random model, how often it is asked at each point; means of logits and gradients are what counts
+            (expectation over transformation: Athalye, Engstrom, Ilyas, Kwok 2018, arXiv 1707.07397).
+    """
 
     logits: Logits
     inputs: Tensor  # shape: (B, *input), within the bounds
@@ -35,6 +43,15 @@ class Problem:
     norm: Norm
     bounds: Bounds
     targets: Tensor | None = None  # shape: (B,) int64
+    cap: int | None = None
+    enough: float | None = None
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("cap", "draws"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, found {value}; leave it out for the default")
 
     def __len__(self) -> int:
         return len(self.inputs)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from brittle.attacks.geometry import dual_size, room, spread, steepest
+from brittle.attacks.geometry import dual_size, room, spread, steepest, within
 from brittle.attacks.problem import Problem
 from brittle.attacks.search import Search
 from brittle.errors import DataError
@@ -62,7 +62,7 @@ class Bearing:
         """The point that lies `share` of the predicted distance towards the rival at `rank` (B,): (B, *input)."""
         every = torch.arange(len(rank), device=rank.device)
         way = self.direction[every, rank]
-        return (problem.inputs + spread(share * self.tip[every, rank], way) * way).clamp(*problem.bounds)
+        return within(problem.inputs + spread(share * self.tip[every, rank], way) * way, problem.bounds)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def trace(search: Search, guide: Guide) -> Route:
 
 def _mass_gradient(search: Search, guide: Guide, pairs: Pairs) -> Tensor:
     """Gradient of the mass of all groups together, (B, *input)."""
-    search.charge(guide.evaluations)
+    search.charge(guide.evaluations, backwards=(guide.evaluations + 1) // 2)
     parts = []
     for rows in _blocks(len(pairs)):
         inputs = search.problem.inputs[rows].detach().requires_grad_()

@@ -1,25 +1,39 @@
-"""An attack's questions to the model, counted, and the best of what it has found.
+"""An attack's questions to the model, counted and capped, and the best of what it has found.
 
 Attacks reach the model only through a `Search`. It counts what each input cost and keeps, of all points that it was
-ever asked about, the best success, so that no attack can lose its best iterate or hide a question.
+ever asked about, the best success, so that no attack can lose its best iterate or hide a question. An input that has
+spent its cap, or that has enough, is not asked about any more; once no input is left the attack's `with` block ends:
+
+    search = Search(problem)
+    with search:
+        ...
+    return search.rows("name", "minimal")
 
 One *evaluation* is one forward pass of one input, with the backward pass through it where there is one. A forward
-pass alone counts as much, so that no attack looks cheaper than it is.
+pass alone counts as much, so that no attack looks cheaper than it is; backward passes are counted apart as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import TracebackType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from brittle.attacks.geometry import distance, size, spread
+from brittle.attacks.geometry import distance, size, spread, within
 from brittle.attacks.problem import Problem, Rows
 from brittle.records import AttackRows
 
 EVERY = slice(None)
+
+ROUNDING = 1e-6
+"""Relative excess over epsilon that is rounding's."""
+
+
+class Spent(Exception):  # noqa: N818
+    """No input may be asked about any more."""
 
 
 class Search:
@@ -27,39 +41,69 @@ class Search:
 
     Args:
         keep: what makes a success the best: that it is the nearest, or the surest (the largest margin of error).
+        epsilon: successes farther than that do not count.
     """
 
-    def __init__(self, problem: Problem, keep: Literal["nearest", "surest"] = "nearest") -> None:
-        self.problem, self._keep = problem, keep
+    def __init__(
+        self, problem: Problem, keep: Literal["nearest", "surest"] = "nearest", epsilon: float | None = None
+    ) -> None:
+        self.problem, self._keep, self._epsilon = problem, keep, epsilon
         self.inputs = problem.inputs.clone()  # shape: (B, *input), the best success; the input itself before
         self.classes = problem.labels.clone()  # shape: (B,) predicted there
         self.best = problem.inputs.new_full((len(problem),), torch.inf)  # shape: (B,) distance or margin there
         self.evaluations = torch.zeros(len(problem), dtype=torch.int64, device=problem.inputs.device)
+        self.backwards = torch.zeros_like(self.evaluations)
+        self._done = torch.zeros_like(self.evaluations, dtype=torch.bool)
+
+    def __enter__(self) -> Search:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        return isinstance(error, Spent)
 
     @torch.no_grad()
     def look(self, points: Tensor, rows: Rows = EVERY) -> Tensor:
-        """Logits (B', C) at `points`, which stand for the given rows of the problem. One evaluation each."""
-        self.charge(1, rows)
-        logits = self.problem.logits(points)
-        self._see(points, logits, rows)
-        return logits
+        """Logits (B', C) at `points`, which stand for the given rows of the problem. One evaluation each.
+
+        Of an input that may not be asked about any more they are 0.
+        """
+        return self.graph(points, rows).logits
 
     def gradient(
         self, points: Tensor, loss: Callable[[Tensor], Tensor], rows: Rows = EVERY
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (B', C), loss (B',) and the loss's gradient (B', *input) at `points`. One evaluation each."""
-        self.charge(1, rows)
-        with torch.enable_grad():
-            points = points.detach().requires_grad_()
-            logits = self.problem.logits(points)
-            values = loss(logits)
-            (gradient,) = torch.autograd.grad(values.sum(), points)
-        self._see(points.detach(), logits.detach(), rows)
-        return logits.detach(), values.detach(), gradient
+        """Logits (B', C), loss (B',) and the loss's gradient (B', *input) at `points`. One evaluation each.
 
-    def charge(self, evaluations: int, rows: Rows = EVERY) -> None:
-        """Count what was spent elsewhere than here, such as on the mass map."""
+        Of an input that may not be asked about any more logits and gradient are 0.
+        """
+        with torch.enable_grad():
+            asked = self.graph(points, rows)
+            values = loss(asked.logits)
+            gradient = asked.pull_back(values.sum())
+        return asked.logits.detach(), values.detach(), gradient
+
+    def graph(self, points: Tensor, rows: Rows = EVERY) -> Asked:
+        """Logits at `points` that can be pulled back to them. One evaluation each, one backward pass included."""
+        some = self._open(rows)
+        asked = points[some].detach().requires_grad_()
+        drawn = [self.problem.logits(asked) for _ in range(self.problem.draws)]
+        logits = drawn[0] if len(drawn) == 1 else torch.stack(drawn).mean(0)
+        found = Asked(self, rows, some, asked, _placed(logits, some, len(points)))
+        self._see(points.detach(), found.logits.detach(), rows)
+        return found
+
+    def charge(self, evaluations: int, rows: Rows = EVERY, backwards: int = 0) -> None:
+        """Count what is about to be spent elsewhere than here, such as on the mass map.
+
+        Ends the attack where not a single input can afford it any more.
+        """
+        cap = self.problem.cap
+        if cap is not None and bool((self.evaluations[rows] + evaluations > cap).all()):
+            raise Spent
         self.evaluations[rows] += evaluations
+        self.backwards[rows] += backwards
 
     def pull_in(self, steps: int) -> None:
         """Halve the gap between each success and its input `steps` times. Cost: `steps` evaluations."""
@@ -69,7 +113,8 @@ class Search:
         low, high = torch.zeros_like(self.best[rows]), torch.ones_like(self.best[rows])
         for _ in range(steps if len(rows) else 0):
             half = (low + high) / 2
-            fooled = problem.fooled(self.look((problem.inputs + spread(half, way) * way).clamp(*problem.bounds), rows))
+            point = within(problem.inputs + spread(half, way) * way, problem.bounds)
+            fooled = problem.fooled(self.look(point, rows))
             low, high = torch.where(fooled, low, half), torch.where(fooled, half, high)
 
     def rows(self, attack: str, kind: Literal["minimal", "fixed"], epsilon: float | None = None) -> AttackRows:
@@ -86,13 +131,69 @@ class Search:
             new_class=self.classes,
             evaluations=self.evaluations,
             epsilon=epsilon,
+            backwards=self.backwards,
         )
+
+    def _open(self, rows: Rows) -> Rows:
+        """Which of the rows may still be asked about; charges them. Raises `Spent` where none may."""
+        problem = self.problem
+        if problem.cap is None and problem.enough is None:
+            some: Rows = EVERY
+        else:
+            some = ~self._done[rows]
+            if problem.cap is not None:
+                some = some & (self.evaluations[rows] + problem.draws <= problem.cap)
+            if len(some) and not some.any():
+                raise Spent
+            some = EVERY if some.all() else some
+        self.evaluations[rows] += self._price(rows, some)
+        return some
+
+    def _price(self, rows: Rows, some: Rows) -> Tensor:
+        each = torch.zeros_like(self.evaluations[rows])
+        each[some] = self.problem.draws
+        return each
 
     def _see(self, points: Tensor, logits: Tensor, rows: Rows) -> None:
         problem = self.problem[rows]
-        nearest = self._keep == "nearest"
-        cost = size(points - problem.inputs, problem.norm) if nearest else problem.margin(logits)
+        far = size(points - problem.inputs, problem.norm)
+        cost = far if self._keep == "nearest" else problem.margin(logits)
         better = problem.fooled(logits) & (cost < self.best[rows])
+        if self._epsilon is not None:
+            better = better & (far <= self._epsilon * (1 + ROUNDING))
         self.inputs[rows] = torch.where(spread(better, points), points, self.inputs[rows])
         self.classes[rows] = torch.where(better, logits.argmax(1), self.classes[rows])
         self.best[rows] = torch.where(better, cost, self.best[rows])
+        if problem.enough is not None:
+            self._done[rows] |= better & (far <= problem.enough)
+
+
+class Asked:
+    """Logits (B', C) of one question, with their way back to its points."""
+
+    def __init__(self, search: Search, rows: Rows, some: Rows, points: Tensor, logits: Tensor) -> None:
+        self.logits = logits
+        self._search, self._rows, self._some, self._points = search, rows, some, points
+        self._pulled = False
+
+    def pull_back(self, values: Tensor, upstream: Tensor | None = None) -> Tensor:
+        """Gradient at the points, (B', *input), of what was computed from the logits.
+
+        The first time it is part of the evaluation, after that an evaluation of its own.
+        """
+        price = self._search._price(self._rows, self._some)
+        self._search.backwards[self._rows] += price
+        if self._pulled:
+            self._search.evaluations[self._rows] += price
+        self._pulled = True
+        (gradient,) = torch.autograd.grad(values, self._points, upstream, retain_graph=upstream is not None)
+        return _placed(gradient, self._some, len(self.logits))
+
+
+def _placed(values: Tensor, some: Rows, count: int) -> Tensor:
+    """Values of some rows at their places among `count`, 0 elsewhere."""
+    if isinstance(some, slice):
+        return values
+    out = values.new_zeros(count, *values.shape[1:])
+    out[some] = values
+    return out

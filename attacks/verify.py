@@ -9,13 +9,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from brittle.attacks.geometry import distance, spread
-from brittle.records import AttackRows, Queries
+from brittle.records import OUTCOMES, AttackRows, Queries
 from brittle.subject import Subject
 
 ROUNDING = 1e-5
 """How far beyond epsilon rounding may carry an adversarial, in units of epsilon and of the bounds' width each."""
+
+FOOLED = OUTCOMES.index("fooled")
 
 
 def verified(rows: AttackRows, subject: Subject, queries: Queries) -> AttackRows:
@@ -24,7 +27,7 @@ def verified(rows: AttackRows, subject: Subject, queries: Queries) -> AttackRows
     Cost: one forward pass an input, not counted among the attack's evaluations.
     """
     low, high = subject.bounds
-    flat = rows.adversarials.flatten(1)
+    flat, wrong = rows.adversarials.flatten(1), _wrong(rows)
     stands = rows.success & flat.isfinite().all(1) & (flat >= low).all(1) & (flat <= high).all(1)
     far = distance(queries.inputs, rows.adversarials, rows.norm)
     if rows.epsilon is not None:
@@ -35,7 +38,15 @@ def verified(rows: AttackRows, subject: Subject, queries: Queries) -> AttackRows
     return replace(
         rows,
         adversarials=torch.where(spread(stands, inputs), inputs, queries.inputs),
-        distance=torch.where(stands, far, torch.inf),
+        distance=torch.where(stands, far, torch.where(wrong, 0.0, torch.inf)),
         success=stands,
         new_class=torch.where(stands, classes, queries.pairs.predicted),
+        outcome=None if rows.outcome is None else torch.where(rows.outcome == FOOLED, stands.long(), rows.outcome),
     )
+
+
+def _wrong(rows: AttackRows) -> Tensor:
+    """Inputs that were wrong before the attack, (M,) bool."""
+    if rows.outcome is None:
+        return torch.zeros_like(rows.success)
+    return rows.outcome == OUTCOMES.index("wrong")

@@ -200,7 +200,7 @@ class AttackResult(Record):
     """One attack (or the envelope of all) in one norm, over inputs that are right when clean."""
 
     name: str
-    norm: Literal["l2", "linf"]
+    norm: Literal["l0", "l1", "l2", "linf"]
     kind: Literal["minimal", "fixed", "envelope"]
     epsilon: float | None = None
     inputs: int

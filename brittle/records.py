@@ -19,7 +19,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Norm = Literal["l2", "linf"]
+Norm = Literal["l0", "l1", "l2", "linf"]
+"""L0 counts the numbers of an input that changed."""
+
+OUTCOMES = ("held", "fooled", "wrong", "broken")
+"""What an attack may come to at an input: it held; it was fooled; it was wrong before and was not attacked; the attack
+raised there."""
 
 Progress = Callable[[int, int], None]
 """(done, total): told how far a stage has come; the caller draws it."""
@@ -207,3 +212,5 @@ class AttackRows:
     new_class: Tensor  # shape: (M,) int64, the class predicted at the adversarial
     evaluations: Tensor  # shape: (M,) int64 forward-and-backward passes
     epsilon: float | None = None
+    backwards: Tensor | None = None  # shape: (M,) int64, those evaluations that had a backward pass
+    outcome: Tensor | None = None  # shape: (M,) int64, position in `OUTCOMES`

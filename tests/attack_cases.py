@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.optimize import linprog, minimize
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp, minimize
 from torch import Tensor, nn
 
 from brittle.attacks.problem import Problem
@@ -97,6 +97,8 @@ def _to_planes(problem: Problem, winner: int, losers: list[int]) -> float:
     low, high = problem.bounds[0] - x, problem.bounds[1] - x
     if problem.norm == "linf":
         return _smallest_cube(normals, offsets, low, high)
+    if problem.norm in ("l1", "l0"):
+        return _fewest_or_shortest(normals, offsets, low, high, whole=problem.norm == "l0")
     found = minimize(
         lambda d: 0.5 * d @ d,
         np.zeros_like(x),
@@ -120,6 +122,27 @@ def _smallest_cube(normals: np.ndarray, offsets: np.ndarray, low: np.ndarray, hi
     bounds = [*zip(low, high, strict=True), (0, None)]
     sides = np.concatenate([-offsets, np.zeros(2 * size)])
     found = linprog(np.r_[np.zeros(size), 1.0], A_ub=np.vstack(rows), b_ub=sides, bounds=bounds)
+    return float(found.fun) if found.success else math.inf
+
+
+def _fewest_or_shortest(
+    normals: np.ndarray, offsets: np.ndarray, low: np.ndarray, high: np.ndarray, whole: bool
+) -> float:
+    """min sum s over d such that |d| <= s; in L0 such that room s takes d in, with s whole."""
+    size = len(low)
+    up, down = (np.maximum(high, -low), np.maximum(high, -low)) if whole else (np.ones(size), np.ones(size))
+    eye = np.eye(size)
+    sides = [
+        np.hstack([normals, np.zeros((len(normals), size))]),
+        np.hstack([eye, -np.diag(up)]),
+        np.hstack([-eye, -np.diag(down)]),
+    ]
+    found = milp(
+        np.r_[np.zeros(size), np.ones(size)],
+        constraints=LinearConstraint(np.vstack(sides), ub=np.r_[-offsets, np.zeros(2 * size)]),
+        integrality=np.r_[np.zeros(size), np.full(size, int(whole))],
+        bounds=Bounds(np.r_[low, np.zeros(size)], np.r_[high, np.full(size, 1 if whole else np.inf)]),
+    )
     return float(found.fun) if found.success else math.inf
 
 
