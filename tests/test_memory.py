@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from brittle.data import Examples
 from brittle.kernel.differentiable import _row_after_row, differentiable_mass
-from brittle.kernel.displacement import displaced, even_cuts
-from brittle.kernel.memory import Memory, build, fine_mass, mass
+from brittle.kernel.directional import Directional
+from brittle.kernel.displacement import displaced, even_cuts, length_cuts, smoothed
+from brittle.kernel.memory import Memory, build, collected, fine_mass, mass
 from brittle.kernel.sweep import Quadrature, sweep
 from brittle.mass import by_group, class_groups
 from brittle.records import Groups, Pairs
@@ -278,3 +280,116 @@ def test_groups_without_examples_have_no_mass(tmp_path: Path) -> None:
     groups = Groups(torch.zeros(COUNT, dtype=torch.int64), torch.tensor([0, 1]), ("all", "none"))
     memory = build(training.path, training.subject, groups, segments=2)
     assert (masses(training, memory)[:, 1] == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- two ways
+
+
+def directional(training: Training) -> tuple[Directional, Tensor, Tensor]:
+    """Both ways, some point of the path and three displacements there, one of them zero."""
+    memory = build(training.path, training.subject, two_per_class(training.subject), segments=2)
+    moved = torch.stack([memory.displacements[0, 0], torch.zeros_like(memory.ends[0]), memory.displacements[0, 1]])
+    return Directional(training.subject), memory.ends[1], moved
+
+
+BACKWARD_ONLY = ["batch norm", "cnn batch norm", "attention"]
+"""Running statistics, and attention's short cut for evaluation, have no forward mode."""
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name not in BACKWARD_ONLY])
+def test_forward_and_backward_find_the_same(case: str, tmp_path: Path) -> None:
+    training = train(case, "momentum l2", tmp_path)
+    along, state, moved = directional(training)
+    asked = queries(training.subject)
+    expected = along.backward(state, moved, *asked)
+    assert expected.abs().max() > 0
+    assert along.forward_agrees
+    assert torch.allclose(along.forward(state, moved, *asked), expected, atol=1e-10)
+    assert torch.allclose(along(state, moved, *asked), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", BACKWARD_ONLY)
+def test_what_has_no_forward_mode_is_taken_backward(case: str, tmp_path: Path) -> None:
+    along, state, moved = directional(training := train(case, "momentum", tmp_path))
+    assert not along.forward_agrees
+    asked = queries(training.subject)
+    assert torch.equal(along(state, moved[:1], *asked), along.backward(state, moved[:1], *asked))
+
+
+@pytest.mark.parametrize(
+    ("case", "count", "way"),
+    [("tanh", 1, "forward"), ("tanh", 4, "backward"), ("cnn", 1, "forward"), ("cnn", 3, "backward")],
+)
+def test_the_way_goes_by_the_written_costs(
+    case: str, count: int, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    along, state, moved = directional(training := train(case, "momentum", tmp_path))
+    assert along.forward_agrees
+    asked = queries(training.subject)
+    moved = moved[:1].repeat(count, 1)
+    monkeypatch.setattr(along, "forward" if way == "backward" else "backward", None)
+    assert along(state, moved, *asked).shape == (len(asked[0]), count)
+
+
+def test_displacements_of_nothing_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    along, state, moved = directional(training := train("tanh", "momentum", tmp_path))
+    rows: list[int] = []
+    backward = along.backward
+    monkeypatch.setattr(along, "forward_agrees", False)
+    monkeypatch.setattr(
+        along, "backward", lambda state, moved, *asked: rows.append(len(moved)) or backward(state, moved, *asked)
+    )
+    found = along(state, moved, *queries(training.subject))
+    assert rows == [2]
+    assert (found[:, 1] == 0).all()
+    assert (along(state, moved[1:2], *queries(training.subject)) == 0).all()
+    assert rows == [2]
+
+
+# ---------------------------------------------------------------------------------------------------- the smoothed path
+
+
+def test_the_smoothed_path_leads_over_the_means_of_its_stretches(tmp_path: Path) -> None:
+    training = train("tanh", "adamw", tmp_path)
+    groups = two_per_class(training.subject)
+    steps = list(displaced(training.path, training.subject, groups, range(STEPS + 1)))
+    states = torch.stack([steps[0].low, *[part.high for part in steps]])
+    found = collected(smoothed(steps, [0, 3, 4, 9, 12]), most=9, nodes=1)
+    means = [states[a:b].mean(0) for a, b in pairwise([0, 3, 4, 9, 12])]
+    assert torch.allclose(found.ends, torch.stack([states[0], *means, states[-1]]), atol=1e-14)
+    assert torch.allclose(found.displacements.sum(1), found.ends.diff(dim=0), atol=1e-12)
+    whole = torch.stack([part.moved for part in steps]).sum(0)
+    assert torch.allclose(found.displacements.sum(0), whole, atol=1e-13), "nobody's displacement is lost"
+
+
+def test_stretches_of_one_step_are_the_steps_themselves(tmp_path: Path) -> None:
+    training = train("batch norm", "momentum", tmp_path)
+    groups = class_groups(training.subject)
+    steps = list(displaced(training.path, training.subject, groups, range(STEPS + 1)))
+    found = list(smoothed(steps, range(STEPS + 1)))
+    assert len(found) == STEPS
+    for a, b in zip(found, steps, strict=True):
+        assert torch.allclose(a.low, b.low)
+        assert torch.allclose(a.high, b.high)
+        assert torch.allclose(a.moved, b.moved)
+
+
+def test_averaged_weights_end_a_smoothed_path(tmp_path: Path) -> None:
+    training = train("tanh", "ema", tmp_path)
+    steps = list(displaced(training.path, training.subject, class_groups(training.subject), range(STEPS + 1)))
+    assert len(steps) == STEPS + 1
+    found = list(smoothed(steps, [0, 6, 12]))
+    assert len(found) == 4
+    assert found[-1] is steps[-1]
+    assert torch.equal(found[-2].high, found[-1].low)
+
+
+def test_stretches_are_of_equal_length(tmp_path: Path) -> None:
+    path = train("tanh", "cosine", tmp_path).path
+    cuts = length_cuts(path, range(STEPS + 1), 4)
+    states = [path.snapshot(step).state for step in range(STEPS + 1)]
+    along = torch.tensor([0.0, *[(b - a).norm() for a, b in pairwise(states)]]).cumsum(0)
+    assert (cuts[0], cuts[-1]) == (0, STEPS)
+    for place, cut in enumerate(cuts[1:-1], 1):
+        assert cut == (along - place / 4 * along[-1]).abs().argmin()
+    assert length_cuts(path, [0, 5, 12], 40) == [0, 1, 2]

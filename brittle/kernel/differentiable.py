@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from brittle.errors import SubjectError
+from brittle.kernel.directional import Margin, named, signs
 from brittle.kernel.gradients import AGREEMENT
 from brittle.kernel.memory import Memory
 from brittle.path.flat import FlatModel
@@ -37,11 +38,11 @@ def differentiable_mass(memory: Memory, subject: Subject, device: str = "cpu") -
     models whose layers vmap cannot differentiate twice); attacks call it on a `merged` memory.
     """
     flat = FlatModel(subject.model, device)
-    whole = _Margin(subject, flat.eval())
+    whole = Margin(subject, flat.eval())
 
     def mass_by(route: Route, points: Iterable[tuple[Tensor, Tensor]], inputs: Tensor, pairs: Pairs) -> Tensor:
         x = inputs.to(flat.state)
-        sign = (F.one_hot(pairs.predicted, subject.classes) - F.one_hot(pairs.rival, subject.classes)).to(x)
+        sign = signs(pairs, subject.classes).to(x)
         with sdpa_kernel(SDPBackend.MATH), _LayerNormWrittenOut():  # attention's others have no second derivative
             masses = [route(whole, flat, state.to(x), moved[:-1].to(x), x, sign) for state, moved in points]
         return torch.stack(masses).sum(0)
@@ -64,22 +65,11 @@ def differentiable_mass(memory: Memory, subject: Subject, device: str = "cpu") -
     return lambda inputs, pairs: mass_by(route, memory.points(), inputs, pairs)
 
 
-class _Margin(nn.Module):
-    """The logits of a batch times `sign`, with the model as a child: so that its tensors can be replaced by name."""
-
-    def __init__(self, subject: Subject, model: nn.Module) -> None:
-        super().__init__()
-        self.model, self._subject = model, subject
-
-    def forward(self, x: Tensor, sign: Tensor) -> Tensor:
-        return (self._subject.class_logits(self.model, x) * sign).sum(1)
-
-
 def _all_rows(whole: nn.Module, flat: FlatModel, state: Tensor, moved: Tensor, x: Tensor, sign: Tensor) -> Tensor:
     """J of every row under vmap, then J . U: one gradient pass and one more to differentiate it."""
 
     def margin(parameters: Tensor, row: Tensor, sign: Tensor) -> Tensor:
-        return torch.func.functional_call(whole, _named(flat, parameters, state), (row[None], sign[None]))[0]
+        return torch.func.functional_call(whole, named(flat, state, parameters), (row[None], sign[None]))[0]
 
     gradients = torch.func.vmap(torch.func.grad(margin), in_dims=(None, 0, 0))
     return gradients(state[: flat.parameters], x, sign) @ moved[:, : flat.parameters].T
@@ -90,8 +80,8 @@ def _row_after_row(whole: nn.Module, flat: FlatModel, state: Tensor, moved: Tens
     parameters = state[: flat.parameters].clone().requires_grad_(True)
     rows = []
     for r in range(len(x)):
-        named = _named(flat, parameters, state)
-        margin = torch.func.functional_call(whole, named, (x[r : r + 1], sign[r : r + 1]))[0]
+        at = named(flat, state, parameters)
+        margin = torch.func.functional_call(whole, at, (x[r : r + 1], sign[r : r + 1]))[0]
         rows.append(torch.autograd.grad(margin, parameters, create_graph=True)[0])
     return torch.stack(rows) @ moved[:, : flat.parameters].T
 
@@ -110,9 +100,3 @@ def _layer_norm(
     x = (x - x.mean(over, keepdim=True)) / (x.var(over, correction=0, keepdim=True) + eps).sqrt()
     x = x if weight is None else x * weight
     return x if bias is None else x + bias
-
-
-def _named(flat: FlatModel, parameters: Tensor, state: Tensor) -> dict[str, Tensor]:
-    """The model's tensors by name: views of the parameters, and of the state for its running statistics."""
-    own = lambda slot: (state if slot.buffer else parameters)[slot.start : slot.stop].view(slot.shape)  # noqa: E731
-    return {f"model.{slot.name}": own(slot) for slot in flat.slots}

@@ -5,6 +5,14 @@ its gradients, so the groups' displacements and the decay's add up to the step:
 
     sum_g U[t, g] + decay_t = w_b - w_a        for every segment t from a to b.
 
+The path itself is a zigzag of stochastic steps. `smoothed`, it leads from the first state to the mean of the states of
+each stretch of it, one after the other, and to the last state. The mean over a stretch of L parts lacks of the k-th
+of them k / L, so that each part is shared between two lines,
+
+    U[t, g] = sum_k (1 - k / L_t) U_tk,g + sum_k (k / L_t-1) U_t-1k,g,             k = 1 .. L,
+
+and all adds up as before. A smoothed path is shorter and meets fewer kinks: it needs fewer nodes.
+
 Where the audited weights are averaged ones, a last segment leads to them, in which every step is taken back by
 what the average lacks of it: U[T, g] = - sum_s behind_s U_s,g.
 
@@ -13,9 +21,11 @@ What moves without a gradient but rounding (biases before batch normalization) g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +37,9 @@ from brittle.path.rules import advance
 from brittle.path.walked import WalkedStep
 from brittle.records import Groups, Progress
 from brittle.subject import Subject
+
+STRIDES = 4
+"""Lines by which the length of a stretch is measured."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,41 @@ def even_cuts(steps: int, segments: int) -> list[int]:
     """Step numbers that cut the path into `segments` stretches (fewer where it is shorter)."""
     cuts = torch.linspace(0, steps, min(segments, steps) + 1, dtype=torch.float64)
     return cuts.round().long().unique().tolist()
+
+
+def length_cuts(path: Path, at: Sequence[int], segments: int) -> list[int]:
+    """The places in `at` (steps, from 0 to the last) that cut the path into `segments` stretches of equal length.
+
+    There are fewer where that is not fine enough. Lengths are those of lines between stored states, `STRIDES` for each
+    stretch at most; training is fast where the learning rate is high and the loss is steep.
+    """
+    stride = max(1, len(path.marks) // (STRIDES * segments))
+    marks = sorted({*path.marks[::stride], path.steps})
+    states = (path.snapshot(mark).state for mark in marks)
+    lengths = [(high - low).double().norm().item() for low, high in pairwise(states)]
+    along = np.interp(at, marks, np.cumsum([0.0, *lengths]))
+    wanted = np.linspace(0, along[-1], segments + 1)
+    return sorted({0, len(at) - 1, *np.abs(along[:, None] - wanted).argmin(0).tolist()})
+
+
+def smoothed(parts: Iterable[Displaced], cuts: Sequence[int]) -> Iterator[Displaced]:
+    """The lines of the smoothed path: one more than stretches; one less where the first is a single part.
+
+    cuts: the numbers of parts between stretches, from 0; what comes after the last of them is passed on.
+    """
+    coming, begin, carried = iter(parts), None, torch.zeros(())
+    for a, b in pairwise(cuts):
+        length, first, mean, own, later = b - a, None, torch.zeros(()), torch.zeros(()), torch.zeros(())
+        for k, part in enumerate(islice(coming, length), 1):
+            first, end = part.low if first is None else first, part.high
+            mean = mean + part.low / length
+            own, later = own + (1 - k / length) * part.moved, later + k / length * part.moved
+        if b > 1 and first is not None:
+            yield Displaced(first if begin is None else begin, mean, carried + own)
+        begin, carried = mean, later
+    if begin is not None:
+        yield Displaced(begin, end, carried)
+    yield from coming
 
 
 def _split_step(

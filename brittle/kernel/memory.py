@@ -11,15 +11,16 @@ Domingos 2020 (arXiv 2012.00152). How U is found: `displacement`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from brittle.kernel.displacement import displaced, even_cuts
-from brittle.kernel.quadrature import check_outputs, midpoints, output_pieces, row_blocks
+from brittle.kernel.directional import Directional
+from brittle.kernel.displacement import Displaced, displaced, even_cuts
+from brittle.kernel.quadrature import check_outputs, midpoints, row_blocks
 from brittle.path.flat import FlatModel
 from brittle.path.replay import Path
 from brittle.records import Groups, Pairs, Progress
@@ -83,12 +84,20 @@ def build(
     """
     check_outputs(subject, FlatModel(subject.model, device))
     cuts = even_cuts(path.steps, segments)
-    first, count = path.snapshot(0).state, len(cuts) - 1 + (path.average is not None)
-    ends = first.new_empty(count + 1, len(first))
-    moved = first.new_empty(count, len(groups) + 1, len(first))
-    for t, part in enumerate(displaced(path, subject, groups, cuts, device, progress)):
-        ends[t], ends[t + 1], moved[t] = part.low, part.high, part.moved
-    return Memory(ends, moved, nodes)
+    lines = len(cuts) - 1 + (path.average is not None)
+    return collected(displaced(path, subject, groups, cuts, device, progress), lines, nodes)
+
+
+def collected(parts: Iterable[Displaced], most: int, nodes: int) -> Memory:
+    """The lines of a path as a memory, written into place as they come. most: how many of them there are at most."""
+    t = 0
+    for t, part in enumerate(parts, 1):
+        if t == 1:
+            ends = part.low.new_empty(most + 1, len(part.low))
+            moved = part.moved.new_empty(most, *part.moved.shape)
+            ends[0] = part.low
+        ends[t], moved[t - 1] = part.high, part.moved
+    return Memory(ends[: t + 1].cpu(), moved[:t].cpu(), nodes)
 
 
 def mass(
@@ -104,7 +113,7 @@ def mass(
     Cost: `memory.evaluations` gradient passes an input, whatever the size of the training set.
     """
     total = torch.zeros(len(inputs), memory.displacements.shape[1], dtype=torch.float64)
-    return _add_mass(total, memory, subject, FlatModel(subject.model, device), inputs, pairs, progress)
+    return add_mass(total, memory, Directional(subject, device), inputs, pairs, progress)
 
 
 def fine_mass(
@@ -120,29 +129,25 @@ def fine_mass(
 ) -> Tensor:
     """The same mass from a finer account that is used up as it is walked and never stored: (R, G + 1)."""
     total = torch.zeros(len(inputs), len(groups) + 1, dtype=torch.float64)
-    flat = FlatModel(subject.model, device)
+    along = Directional(subject, device)
     for part in displaced(path, subject, groups, even_cuts(path.steps, segments), device, progress):
-        piece = Memory(torch.stack([part.low, part.high]), part.moved[None], nodes)
-        _add_mass(total, piece, subject, flat, inputs, pairs, None)
+        add_mass(total, line(part, nodes), along, inputs, pairs)
     return total
 
 
-def _add_mass(
-    total: Tensor,
-    memory: Memory,
-    subject: Subject,
-    flat: FlatModel,
-    inputs: Tensor,
-    pairs: Pairs,
-    progress: Progress | None,
+def line(part: Displaced, nodes: int) -> Memory:
+    """One line of the path as a memory."""
+    return Memory(torch.stack([part.low, part.high]), part.moved[None], nodes)
+
+
+def add_mass(
+    total: Tensor, memory: Memory, along: Directional, inputs: Tensor, pairs: Pairs, progress: Progress | None = None
 ) -> Tensor:
     """Add the mass of R inputs, node by node, to `total` (R, G + 1)."""
     for k, (state, moved) in enumerate(memory.points()):
-        moved = moved.to(flat.state)
-        for rows in row_blocks(len(inputs), flat):
-            for columns, piece in output_pieces(subject, flat, state, inputs[rows], pairs[rows]):
-                total[rows] += (piece @ moved[:, columns].T).double().cpu()
-                del piece
+        moved = moved.to(along.flat.state)
+        for rows in row_blocks(len(inputs), along.flat):
+            total[rows] += along(state, moved, inputs[rows], pairs[rows]).double().cpu()
         if progress:
             progress(k + 1, memory.evaluations)
     return total
