@@ -39,7 +39,7 @@ def ddn(problem: Problem, *, generator: torch.Generator, steps: int = 100) -> At
     linear models of five classes came out up to 16 % too far. The gap to the input is halved at the end, since the
     last steps are a hundredth of the bounds' width. Cost: at most 1 + 5 + `steps` + 8 evaluations an input.
     """
-    search, attack = Search(problem), _foolbox().attacks.DDNAttack
+    search, attack = Search(problem), foolbox().attacks.DDNAttack
     with search:
         clean = search.look(problem.inputs)
         bearing = take_bearing(search, Guide.margin(problem), clean, RIVALS, generator)
@@ -56,7 +56,7 @@ def pgd(problem: Problem, epsilon: float, *, generator: torch.Generator, steps: 
     A step is 2.5 `epsilon` / `steps` long. Cost: `steps` + 1 evaluations an input.
     """
     search, (_, wide) = Search(problem, epsilon=epsilon), _scale(problem)
-    attacks = _foolbox().attacks
+    attacks = foolbox().attacks
     attack = (attacks.L2PGD if problem.norm == "l2" else attacks.LinfPGD)(steps=steps, rel_stepsize=2.5 / steps)
     with search:
         _ask(search, attack, generator, epsilon=epsilon / wide)
@@ -80,7 +80,7 @@ def _ask(
     problem = search.problem
     low, wide = _scale(problem)
     inputs = ((problem.inputs - low) / wide).clamp(0, 1)
-    model = _foolbox().PyTorchModel(_Scaled(search, sharpness).eval(), bounds=(0, 1), device=inputs.device)
+    model = foolbox().PyTorchModel(_Scaled(search, sharpness).eval(), bounds=(0, 1), device=inputs.device)
     with torch.random.fork_rng([inputs.device] if inputs.is_cuda else []):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         points = attack.run(
@@ -96,13 +96,13 @@ def _scale(problem: Problem) -> tuple[float, float]:
 
 
 def _criterion(problem: Problem) -> Any:
-    criteria = _foolbox().criteria
+    criteria = foolbox().criteria
     if problem.targets is None:
         return criteria.Misclassification(problem.labels)
     return criteria.TargetedMisclassification(problem.targets)
 
 
-def _foolbox() -> Any:
+def foolbox() -> Any:
     """foolbox, imported when it is first used: it takes a second."""
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # it imports git, which would ask for git's program
     import foolbox

@@ -1,6 +1,7 @@
 """The hole-seeking attack: it reads from the mass map where a prediction gives way, goes there, and gets through.
 
-Minimal-norm, in L2 or Linf, untargeted or towards a target, in three stages:
+In L2 or Linf, untargeted or towards a target; within a fixed distance (`seek_holes_within`), or minimal-norm in three
+stages:
 
 1. Route (`route`): at the clean input the map ranks the rivals by the distance at which the balance of mass tips,
    and gives the direction in which each lies.
@@ -23,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from brittle.attacks.apgd import Climb, climb
 from brittle.attacks.descent import Descent, descend
 from brittle.attacks.geometry import spread, steepest, within
 from brittle.attacks.problem import Problem
@@ -91,6 +93,43 @@ def seek_holes(
         search.pull_in(LINE_SEARCH)
     route = trace(search, guide) if traced and isinstance(guide, Guide) else None
     return search.rows(NAME, "minimal"), route
+
+
+def seek_holes_within(
+    problem: Problem,
+    epsilon: float,
+    guide: Guide | Literal["gradient", "random"] = "gradient",
+    *,
+    generator: torch.Generator,
+    steps: int = 100,
+    tracks: int = 3,
+    candidates: int = 5,
+    early: bool = False,
+    traced: bool = True,
+) -> tuple[AttackRows, Route | None]:
+    """Find a success within `epsilon`, led by the mass map: Auto-PGD towards the best-ranked rivals, one by one.
+
+    Each climb raises the DLR towards its rival, from where the map says that the balance is half tipped. Of the
+    successes the one with the largest margin is returned; with `early` an input is left at its first.
+
+    Args:
+        guide, candidates, traced: as in `seek_holes`.
+        steps: evaluations that an input spends on the model.
+        tracks: rivals that share the steps.
+
+    Cost: `steps` + K `guide.evaluations` an input, and 2 `guide.evaluations` for the route.
+    """
+    search = Search(problem, keep="surest", epsilon=epsilon)
+    radius = problem.inputs.new_full((len(problem),), epsilon)
+    with search:
+        bearing = _bearing(search, guide, search.look(problem.inputs), candidates, generator)
+        for k, share in enumerate(_shares(steps - 1, min(tracks, bearing.rivals.shape[1]))):
+            rows = (search.best.isinf() | torch.tensor(not early)).nonzero()[:, 0]
+            start = bearing.start(problem, torch.full_like(problem.labels, k), START)
+            aimed = problem.aimed(bearing.rivals[:, k])
+            climb(aimed, search, Climb("dlr", share, early), start, radius, rows, generator)
+    route = trace(search, guide) if traced and isinstance(guide, Guide) else None
+    return search.rows(NAME, "fixed", epsilon), route
 
 
 def _bearing(

@@ -1,25 +1,21 @@
-"""The suite: every attack of a preset on the same queries, block by block, each result verified.
-
-hole-seeking     minimal   L2, Linf   led by the mass map
-DDN              minimal   L2
-APGD bisection   minimal   L2, Linf
-PGD              fixed     L2, Linf
-"""
+"""The suite: the attacks of a preset (`plan`) on the same queries, block by block, each result verified."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from brittle.attacks.bisection import auto_pgd_minimal
-from brittle.attacks.foolbox_suite import ddn, pgd
-from brittle.attacks.hole_seeking import seek_holes
-from brittle.attacks.isolation import Attack, isolated, joined
+from brittle.attacks.isolation import COLUMNS, Attack, Broken, isolated, joined
+from brittle.attacks.neighbours import Neighbours
+from brittle.attacks.plan import BUDGETS, DENSE, SUITE, Setting, default_epsilon, members
 from brittle.attacks.problem import Problem
 from brittle.attacks.route import Guide
+from brittle.attacks.search import Search
 from brittle.attacks.verify import verified
 from brittle.errors import DataError, UsageError
 from brittle.records import AttackRows, Groups, Norm, Queries
@@ -30,26 +26,6 @@ BLOCK = 256
 """Inputs attacked at once."""
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Evaluations an input may cost, by attack; the mass map's come on top."""
-
-    hole_seeking: int
-    tracks: int
-    candidates: int  # rivals that the map is asked about
-    ddn: int
-    rounds: int  # of the bisection
-    apgd: int  # in each round
-    pgd: int
-
-
-BUDGETS: dict[str, Budget] = {
-    "quick": Budget(hole_seeking=100, tracks=3, candidates=3, ddn=100, rounds=8, apgd=15, pgd=20),
-    "standard": Budget(hole_seeking=300, tracks=5, candidates=5, ddn=300, rounds=10, apgd=50, pgd=50),
-    "thorough": Budget(hole_seeking=1000, tracks=9, candidates=9, ddn=1000, rounds=12, apgd=100, pgd=200),
-}
-
-
 def run(
     subject: Subject,
     queries: Queries,
@@ -58,9 +34,13 @@ def run(
     groups: Groups | None,
     generator: torch.Generator,
     preset: str = "quick",
-    norms: Sequence[Norm] = ("l2", "linf"),
+    norms: Sequence[Norm] = DENSE,
+    attacks: Sequence[str] | None = None,
     mass_evaluations: int | None = None,
     epsilons: Mapping[Norm, float] | None = None,
+    enough: Mapping[Norm, float] | None = None,
+    cap: int | None = None,
+    draws: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[AttackRows]:
     """Attack every query with every attack of the preset: verified records, one an attack and norm.
@@ -72,65 +52,55 @@ def run(
         generator: of all random choices.
         preset: quick, standard or thorough.
         norms: in which to attack.
+        attacks: names of `SUITE`; those of the preset where left out.
         mass_evaluations: what one call of `mass` and its backward pass cost an input; where left out, the map's
             attribute of this name.
         epsilons: budget of the fixed attacks by norm; `default_epsilon` where left out.
+        enough: by norm, the distance within which a success settles an input: no further attack looks at it.
+        cap: evaluations that one attack may spend on an input.
+        draws: how often a random model is asked at each point.
         progress: called with (done, total) after each block.
 
     Raises:
         DataError: a query that is wrong when clean, or none at all; a mass map without its groups or its cost.
-        UsageError: a preset that does not exist.
+        UsageError: a preset or an attack that does not exist; an attack in a norm that it does not know.
     """
     _check(queries, preset)
     guide = _guide(mass, groups, mass_evaluations)
-    of_norm = lambda norm: _attacks(subject, preset, norm, guide, epsilons or {}, generator)  # noqa: E731
-    plan = [(norm, attack) for norm in norms for attack in of_norm(norm)]
-    blocks = [queries[slice(k, k + BLOCK)] for k in range(0, len(queries), BLOCK)]
+    near = Neighbours(subject.train.inputs, subject.train.targets)
+    blocks = [slice(k, min(k + BLOCK, len(queries))) for k in range(0, len(queries), BLOCK)]
+    plan = [(norm, name, steps) for norm in norms for name, steps in members(preset, norm, attacks).items()]
+    done = {norm: torch.zeros(len(queries), dtype=torch.bool) for norm in norms}
     found = []
-    for k, (norm, attack) in enumerate(plan):
-        parts = []
+    for k, (norm, name, steps) in enumerate(plan):
+        within = (enough or {}).get(norm)
+        epsilon = (epsilons or {}).get(norm) or default_epsilon(norm, subject)
+        setting, parts = Setting(norm, epsilon, guide, near, generator), list[AttackRows | Broken]()
         for b, block in enumerate(blocks):
-            parts += isolated(attack, _problem(subject, block, norm))
+            problem = replace(_problem(subject, queries[block], norm), cap=cap, draws=draws, enough=within)
+            parts += _unsettled(SUITE[name].make(setting, steps), problem, done[norm][block])
             if progress:
                 progress(k * len(blocks) + b + 1, len(plan) * len(blocks))
-        found.append(verified(joined(parts), subject, queries))
+        joint = replace(joined(parts), attack=name, kind="fixed" if SUITE[name].fixed else "minimal")
+        rows = verified(replace(joint, epsilon=epsilon if SUITE[name].fixed else None), subject, queries)
+        if within is not None:
+            done[norm] |= rows.distance <= within
+        found.append(rows)
     return found
 
 
-def default_epsilon(norm: Norm, subject: Subject) -> float:
-    """A tenth of the bounds' width in Linf; in L2 half of the way to the corner of that cube.
-
-    For 28 x 28 inputs in [0, 1] that is 1.4, for 8 x 8 ones 0.4: about the median distance of a plain network.
-    """
-    low, high = subject.bounds
-    each = 0.1 * (high - low)
-    return each if norm == "linf" else 0.5 * each * float(subject.test.inputs[0].numel()) ** 0.5
-
-
-def _attacks(
-    subject: Subject,
-    preset: str,
-    norm: Norm,
-    guide: Guide | None,
-    epsilons: Mapping[Norm, float],
-    generator: torch.Generator,
-) -> Iterator[Attack]:
-    """The attacks of one norm."""
-    budget = BUDGETS[preset]
-    epsilon = epsilons[norm] if norm in epsilons else default_epsilon(norm, subject)
-    yield lambda problem: seek_holes(
-        problem,
-        guide or "gradient",
-        generator=generator,
-        steps=budget.hole_seeking,
-        tracks=budget.tracks,
-        candidates=budget.candidates,
-        traced=False,
-    )[0]
-    if norm == "l2":
-        yield partial(ddn, generator=generator, steps=budget.ddn)
-    yield partial(auto_pgd_minimal, generator=generator, rounds=budget.rounds, steps=budget.apgd)
-    yield partial(pgd, epsilon=epsilon, generator=generator, steps=budget.pgd)
+def _unsettled(attack: Attack, problem: Problem, done: Tensor) -> list[AttackRows | Broken]:
+    """The attack on what is not settled yet; the rest stands as held, at no cost."""
+    left = (~done).nonzero()[:, 0].to(problem.inputs.device)
+    if len(left) == len(problem):
+        return isolated(attack, problem)
+    whole = Search(problem).rows("", "minimal")
+    if not len(left):
+        return [whole]
+    part = joined(isolated(attack, problem[left]))
+    put = lambda name: getattr(whole, name).cpu().index_copy(0, left.cpu(), getattr(part, name))  # noqa: E731
+    columns: dict[str, Any] = {name: put(name) for name in COLUMNS}
+    return [replace(part, **columns, outcome=None)]
 
 
 def _problem(subject: Subject, queries: Queries, norm: Norm) -> Problem:

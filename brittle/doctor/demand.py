@@ -15,7 +15,7 @@ import torch
 
 from brittle.accounts import FINE_NODES, FINE_SEGMENTS, SAMPLE_FAMILIES, SAMPLE_QUERIES
 from brittle.agreement.baselines import RIVALS
-from brittle.attacks.suite import BUDGETS
+from brittle.attacks.plan import candidates, most_evaluations
 from brittle.doctor.check import Visit
 from brittle.doctor.gradients import FIRST
 from brittle.doctor.speed import NEIGHBOURS, Speed
@@ -32,7 +32,7 @@ from brittle.split import MOST_NATURAL
 from brittle.suggest.plan import DIMENSIONS, MOST_COVERED
 
 FLIPS = sum(BY_ATTACK) + BY_PROBE
-ATTACKS = 7
+ATTACKS = 10
 """Attacks over both norms."""
 
 CLUSTER = 10
@@ -157,10 +157,8 @@ class Demand:
         return self._walk(speed, self.groups, PASSES["advance"]) + inputs * passes * speed.gradient
 
     def _attacks(self, speed: Speed) -> float:
-        b = BUDGETS[self.preset]
-        each = 2 * (b.hole_seeking + b.rounds * b.apgd + b.pgd) + b.ddn
-        asked = 2 * min(b.candidates, self.classes - 1) * min(self.effort.route, self.segments)
-        return self.queries * (each * speed.attack + asked * speed.guide)
+        asked = 2 * min(candidates(self.preset), self.classes - 1) * min(self.effort.route, self.segments)
+        return self.queries * (most_evaluations(self.preset) * speed.attack + asked * speed.guide)
 
     def _ledger(self, speed: Speed) -> float:
         known = self.known

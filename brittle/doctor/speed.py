@@ -12,8 +12,9 @@ import torch
 
 from brittle.agreement.baselines import trust_score
 from brittle.attacks.apgd import auto_pgd
+from brittle.attacks.plan import default_epsilon
 from brittle.attacks.problem import Problem
-from brittle.attacks.suite import BLOCK, default_epsilon
+from brittle.attacks.suite import BLOCK
 from brittle.data import Examples
 from brittle.doctor.check import Visit
 from brittle.doctor.gradients import first_step
