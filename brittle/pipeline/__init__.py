@@ -27,7 +27,7 @@ from brittle.pipeline.charting import Charted, chart
 from brittle.pipeline.context import PRESETS, Asked, Context, begin
 from brittle.pipeline.judging import agreement, suggestions
 from brittle.pipeline.mapping import holes, memory, memory_fidelity, shift
-from brittle.pipeline.observing import attacks, flips, probes
+from brittle.pipeline.observing import attacks, flips, health, probes
 from brittle.shares import Share
 from brittle.subject import Subject
 
@@ -103,6 +103,7 @@ def _run(c: Context, spec: str | None) -> Findings:
     observed = probes(c)
     regions = holes(c, moved, observed)
     attacked = attacks(c, built)
+    believed = health(c, attacked)
     flipped = flips(c, observed, attacked)
     accounted = whole_account(c, flipped)
     contests, agreed = agreement(c, built, moved, observed, attacked)
@@ -118,6 +119,7 @@ def _run(c: Context, spec: str | None) -> Findings:
         observed=observed,
         holes=regions,
         attacked=attacked,
+        health=believed,
         flips=flipped,
         account=accounted,
         contests=contests,
