@@ -117,7 +117,7 @@ def attack(
     memory_budget: int = BUDGET,
     deterministic: bool = False,
 ) -> Attacked:
-    """Attack the sealed queries alone; without norms, epsilon, attacks and cap as the audit does, which goes on from it.
+    """Attack the sealed queries alone; without norms, epsilon, attacks and cap as `audit` does, which goes on from it.
 
     Args:
         norms: l0, l1, l2, linf; the audit's where left out.

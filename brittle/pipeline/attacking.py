@@ -1,7 +1,7 @@
 """The attacks alone, in the run folder of an audit: as the audit runs them, or those that are asked for.
 
-    brittle attack SPEC --out RUN                                     the audit's own stage; `brittle audit` goes on from it
-    brittle attack SPEC --out RUN --norm linf --eps 0.1 --attack fab     besides it
+    brittle attack SPEC --out RUN                                      the audit's own stage; `audit` goes on from it
+    brittle attack SPEC --out RUN --norm linf --eps 0.1 --attack fab   besides it
 
 Rows go into the run's failures.csv, in place of those of the same attack and norm; with --eps, names say how far.
 """
