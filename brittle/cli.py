@@ -92,7 +92,7 @@ def audits(command: Command) -> Command:
             "--memory-budget",
             callback=_bytes,
             metavar="SIZE",
-            help="For the queries that are accounted for at once, such as 500M or 4G.  [default: 1G]",
+            help="For the queries that are accounted for at once, such as 500M or 4G.  [default: 2G]",
         ),
         click.option("--deterministic", is_flag=True, help="The same bits every time; one thread a process."),
         looks,
