@@ -80,6 +80,17 @@ def checked_names(names: Sequence[str] | None, count: int, what: str) -> tuple[s
     return tuple(map(str, names)) if names is not None else ()
 
 
+def checked_groups(labels: Any, count: int) -> tuple[str, ...]:
+    """One label a training example, as text."""
+    if isinstance(labels, (str, bytes)) or not hasattr(labels, "__len__") or len(labels) != count:
+        found = f"{len(labels)} labels" if hasattr(labels, "__len__") else type(labels).__name__
+        raise DataError(
+            f"groups must hold one label a training example, found {found} for {count} examples; pass them in the "
+            "order of the examples"
+        )
+    return tuple(map(str, labels.tolist() if hasattr(labels, "tolist") else labels))
+
+
 def checked_bounds(bounds: Any) -> tuple[float, float]:
     """The smallest and the largest value of a raw input: two finite numbers, the smaller first."""
     try:
