@@ -148,6 +148,28 @@ def test_a_linear_layer_is_not_formed_and_a_tensor_used_twice_is() -> None:
     assert all(isinstance(part, Tensor) for part in left.parts.values())
 
 
+GROUPED: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "plain": (nn.Conv2d(8, 5, 3), (8, 9, 8)),
+    "strides and groups": (nn.Conv2d(16, 6, (3, 2), (1, 2), (2, 1), (1, 2), groups=2), (16, 8, 12)),
+    "one dimension": (nn.Conv1d(8, 4, 3, 1, 2, 2), (8, 40)),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_rows_by_groups_are_those_of_windows(name: str) -> None:
+    module, shape = GROUPED[name]
+    flat, x = FlatModel(module.float()), torch.randn(4, *shape, dtype=torch.float32)
+    (outer,) = (
+        part
+        for part in factors_of(flat, lambda: flat.model(x).tanh().sum(), len(x)).parts.values()
+        if isinstance(part, Outer)
+    )
+    assert outer.suits_groups
+    plain = Outer(outer.g.double(), outer.inputs.double(), outer.window)
+    assert not plain.suits_groups
+    assert torch.allclose(outer.rows().double(), plain.rows(), atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("sizes", "route"),
     [

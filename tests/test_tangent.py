@@ -85,7 +85,7 @@ def test_blocks_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     training, told = train("cnn batch norm", "momentum", tmp_path), []
     inputs, pairs = queries(training.subject)
     whole = tangent_contributions(training.subject, inputs, pairs)
-    monkeypatch.setattr("brittle.kernel.quadrature.BLOCK", 4)
+    monkeypatch.setattr("brittle.kernel.matrix.BLOCK", 4)
     found = tangent_contributions(training.subject, inputs, pairs, progress=lambda done, of: told.append((done, of)))
     assert torch.allclose(found, whole, atol=1e-12)
     assert told == [(4, 10), (8, 10), (10, 10)]

@@ -148,9 +148,22 @@ def _watched(leaf: Any, upstream: dict[int, Tensor], k: int) -> Any:
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
         return leaf
     if not leaf.requires_grad:  # the weights ask for no gradient: the first module begins the graph
-        leaf = leaf.detach().requires_grad_(True).clone()
+        leaf = _Beginning.apply(leaf.detach(), leaf.new_empty(0, requires_grad=True))
     leaf.register_hook(lambda g: upstream.update({k: g.detach()}))
     return leaf
+
+
+class _Beginning(torch.autograd.Function):
+    """A tensor as it is, without a copy, from which on gradients are kept; what follows may change it in place."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, root: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def _set(modules: list[nn.Module], modes: list[bool], generators: list[torch.Generator], states: list[Tensor]) -> None:

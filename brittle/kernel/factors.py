@@ -43,8 +43,8 @@ Part = Outer | Tensor
 PER_NUMBER = 16
 """Multiplications that a processor does in the time in which a number is written and read again."""
 
-TILE_BYTES = {"cpu": 24 << 20}
-"""Bytes of an intermediate result at most: larger ones go back to the system each time, and cost their pages anew."""
+TILE_BYTES = {"cpu": 8 << 20}
+"""Bytes of an intermediate result at most: what fits into a processor's cache is read from there."""
 
 TILE_BYTES_ELSEWHERE = 1 << 29
 """The same on an accelerator, which keeps its memory, and is idle in small products."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from brittle.data import Examples
 from brittle.kernel.gradients import row_gradients
+from brittle.kernel.matrix import kernel_matrix
 from brittle.kernel.memory import Memory
 from brittle.kernel.quadrature import check_outputs, output_gradients, row_blocks
 from brittle.path.flat import FlatModel
@@ -32,14 +33,10 @@ def tangent_contributions(
 ) -> Tensor:
     """Tangent contributions of every training example to M outputs: (M, N).
 
-    Cost: one row-gradient pass over the training data, M x N x P multiplications, M x P numbers held.
+    Cost: that of `matrix.kernel_matrix` with one checkpoint.
     """
-    flat = FlatModel(subject.model, device)
-    jacobian = torch.cat(list(_jacobians(subject, flat, inputs, pairs)))
-    out = torch.zeros(len(inputs), len(subject.train))
-    for rows, gradients in _loss_gradients(subject, flat, progress):
-        out[:, rows] = -(jacobian @ gradients.T).cpu()
-    return out
+    final, rate = FlatModel(subject.model).state, torch.tensor([1 / len(subject.train)])
+    return -kernel_matrix(subject, final[None], rate, inputs, pairs, device, progress)
 
 
 def tangent_memory(subject: Subject, groups: Groups, device: str = "cpu", progress: Progress | None = None) -> Memory:
