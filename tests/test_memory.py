@@ -170,7 +170,7 @@ def test_blocks_of_inputs_do_not_matter(tmp_path: Path, monkeypatch: pytest.Monk
     training = train("cnn batch norm", "momentum", tmp_path)
     memory = build(training.path, training.subject, class_groups(training.subject), segments=3)
     whole, told = masses(training, memory), []
-    monkeypatch.setattr("brittle.kernel.quadrature.BLOCK", 1)
+    monkeypatch.setattr("brittle.kernel.directional.BLOCK", 1)
     inputs, pairs = queries(training.subject)
     found = mass(memory, training.subject, inputs, pairs, progress=lambda done, of: told.append((done, of)))
     assert torch.allclose(found, whole, atol=1e-12)
@@ -331,15 +331,15 @@ def test_the_way_goes_by_the_written_costs(case: str, most: int, tmp_path: Path)
         assert along.forward_pays(k) == (k <= most) == ((3 + 2.5 * k) * f < 6 * f + k * p)
 
 
-def test_displacements_of_nothing_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    along, carried, line, moved = directional(train("tanh", "momentum", tmp_path))
+def test_without_decay_the_groups_alone_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = train("tanh", "momentum", tmp_path)
+    memory = build(training.path, training.subject, class_groups(training.subject), segments=2)
     rows: list[int] = []
-    backward = carried.backward
-    monkeypatch.setattr(along, "forward_agrees", False)
-    monkeypatch.setattr(carried, "backward", lambda low, high, own: rows.append(len(own)) or backward(low, high, own))
-    assert (carried(*line, moved)[:, 1] == 0).all()
-    assert (carried(*line, moved[1:2]) == 0).all()
-    assert rows == [2]
+    backward = Carried.backward
+    monkeypatch.setattr(Carried, "backward", lambda *args: rows.append(len(args[-1])) or backward(*args))
+    assert (masses(training, memory)[:, -1] == 0).all()
+    assert rows == [3] * memory.evaluations
+    assert replace(memory, displacements=torch.zeros_like(memory.displacements)).used() == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- kinks
@@ -365,7 +365,7 @@ def test_kinks_are_what_relu_is_on_average() -> None:
     low, high = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
     z = torch.lerp(low, high, torch.linspace(0, 1, 100_001)[:, None])
     x = torch.randn(50, requires_grad=True)
-    with Averaged([low], [high]):
+    with Averaged([(low, low.relu())], [(high, high.relu())]):
         found = torch.relu(x)
     (slope,) = torch.autograd.grad(found.sum(), x)
     assert torch.allclose(found, z.relu().mean(0), atol=1e-5)

@@ -16,19 +16,23 @@ batch normalization, for one, is not differentiated in its running statistics.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from brittle.errors import SubjectError
+from brittle.kernel.calls import record
 from brittle.kernel.factors import against, factors_of
 from brittle.kernel.gradients import AGREEMENT
-from brittle.kernel.kinks import Averaged, kinks_of
-from brittle.kernel.quadrature import CHECKED
+from brittle.kernel.kinks import Averaged, Kink, kinks_of
+from brittle.kernel.layers import units
+from brittle.kernel.quadrature import BLOCK, BLOCK_BYTES, CHECKED, FEWEST, blocks
 from brittle.path.flat import FlatModel
 from brittle.records import Pairs
 from brittle.subject import Subject
@@ -49,6 +53,18 @@ class Directional:
         """Some inputs (R, *input) with their outputs, to be carried along the path."""
         x = inputs.to(self.flat.state)
         return Carried(self, x, signs(pairs, self.subject.classes).to(x))
+
+    def blocks(self, count: int) -> Iterator[slice]:
+        """Slices that cover `count` inputs, as many at once as what a pass back keeps of them leaves room for."""
+        return blocks(count, min(BLOCK, max(FEWEST, BLOCK_BYTES // max(self._kept, 1))))
+
+    @cached_property
+    def _kept(self) -> int:
+        """Bytes that a pass back keeps of one input: what goes into the modules, and gradients at what comes out."""
+        x = self.subject.train.inputs[:1].to(self.flat.state)
+        calls = record(units(self.flat.model), lambda: self.subject.class_logits(self.flat.model, x).sum(), x.device)
+        leaves = [leaf for call in calls for leaf in (*tree_leaves((call.args, call.kwargs)), *call.upstream.values())]
+        return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
 
     def forward_pays(self, k: int) -> bool:
         """Whether k displacements take less work forward than backward, and can be taken so."""
@@ -81,7 +97,7 @@ class Carried:
 
     def __init__(self, along: Directional, x: Tensor, sign: Tensor) -> None:
         self._along, self._x, self._sign = along, x, sign
-        self._last: tuple[Tensor, list[Tensor]] | None = None  # a state, and what goes into each ReLU there
+        self._last: tuple[Tensor, list[Kink]] | None = None  # a state, and the kinks there
 
     def __call__(self, low: Tensor, high: Tensor, moved: Tensor) -> Tensor:
         """The margins' change along displacements, to first order, on average over a short line.
@@ -89,18 +105,13 @@ class Carried:
         Args:
             low, high: the states at its ends, (P,); a line that begins with the tensor at which the last one ended
                 saves a pass.
-            moved: displacements, (K, P); those that are zero cost nothing.
+            moved: displacements, (K, P).
 
         Returns:
             <J, U>, logits, (R, K).
         """
-        live = (moved != 0).any(1)
-        out = moved.new_zeros(len(self._x), len(moved))
-        if live.any():
-            moved = moved if live.all() else moved[live]
-            way = self.forward if self._along.forward_pays(len(moved)) else self.backward
-            out[:, live] = way(low, high, moved)
-        return out
+        way = self.forward if self._along.forward_pays(len(moved)) else self.backward
+        return way(low, high, moved)
 
     def backward(self, low: Tensor, high: Tensor, moved: Tensor) -> Tensor:
         """By one pass back."""
@@ -130,7 +141,7 @@ class Carried:
         with sdpa_kernel(SDPBackend.MATH):  # attention's others have no forward mode
             return torch.func.vmap(change)(named(flat, moved)).T
 
-    def _kinks(self, state: Tensor) -> list[Tensor]:
+    def _kinks(self, state: Tensor) -> list[Kink]:
         if self._last is None or self._last[0] is not state:
             self._along.flat.load(state)
             self._last = state, kinks_of(lambda: self._along.whole(self._x, self._sign))

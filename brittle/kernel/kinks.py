@@ -24,22 +24,25 @@ from torch.overrides import TorchFunctionMode
 RELU = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 IN_PLACE = {torch.relu_, Tensor.relu_}
 
+Kink = tuple[Tensor, Tensor]
+"""What goes into a ReLU, and what comes out."""
+
 
 @torch.no_grad()
-def kinks_of(run: Callable[[], object]) -> list[Tensor]:
-    """What goes into each ReLU while `run()` runs, in their order."""
+def kinks_of(run: Callable[[], object]) -> list[Kink]:
+    """What each ReLU does while `run()` runs, in their order."""
     with _Noted() as noted:
         run()
-    return noted.inputs
+    return noted.kinks
 
 
 class Averaged(TorchFunctionMode):
     """Inside, each ReLU is what it is on average between two states.
 
-    low, high: what goes into each of them there, by `kinks_of`. A ReLU whose input has another shape stays as it is.
+    low, high: what each of them does there, by `kinks_of`. A ReLU whose input has another shape stays as it is.
     """
 
-    def __init__(self, low: Sequence[Tensor], high: Sequence[Tensor]) -> None:
+    def __init__(self, low: Sequence[Kink], high: Sequence[Kink]) -> None:
         super().__init__()
         self._ends = iter(list(zip(low, high, strict=False)))
 
@@ -47,24 +50,39 @@ class Averaged(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in RELU:
             return func(*args, **kwargs)
-        z = args[0] if args else kwargs["input"]
-        low, high = next(self._ends, (None, None))
-        if low is None or high is None or not low.shape == high.shape == z.shape:
+        z, ends = args[0] if args else kwargs["input"], next(self._ends, None)
+        if ends is None or any(end[0].shape != z.shape for end in ends):
             return func(*args, **kwargs)
-        middle = (low.relu() + high.relu()) / 2
-        slope = 2 * middle / (low.abs() + high.abs()).clamp_min(torch.finfo(low.dtype).tiny)
-        found = slope * middle + slope * (z - z.detach())
-        return z.copy_(found) if func in IN_PLACE or kwargs.get("inplace") or True in args[1:] else found
+        slope, middle = _average(*ends)
+        found = slope * (z + (middle - z.detach()))
+        return z.copy_(found) if _in_place(func, args, kwargs) else found
 
 
 class _Noted(TorchFunctionMode):
-    """Keeps what goes into each ReLU."""
+    """Keeps what each ReLU does."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.inputs: list[Tensor] = []
+        self.kinks: list[Kink] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in RELU:
-            self.inputs.append((args[0] if args else kwargs["input"]).detach().clone())
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func not in RELU:
+            return func(*args, **kwargs)
+        z = args[0] if args else kwargs["input"]
+        in_place = _in_place(func, args, kwargs)
+        z = z.clone() if in_place else z
+        found = func(*args, **kwargs)
+        self.kinks.append((z, found.clone() if in_place else found))
+        return found
+
+
+def _average(low: Kink, high: Kink) -> Kink:
+    """The slope, and m; with |a| = 2 relu(a) - a, and exactly 0 or 1 where the unit does not switch."""
+    middle = (low[1] + high[1]).mul_(0.5)
+    width = torch.add(middle, low[0] + high[0], alpha=-0.25).mul_(2)
+    return middle / width.clamp_min_(torch.finfo(width.dtype).tiny), middle
+
+
+def _in_place(func: Any, args: Any, kwargs: Any) -> bool:
+    return func in IN_PLACE or bool(kwargs.get("inplace")) or True in args[1:]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from brittle.kernel.directional import Directional
 from brittle.kernel.displacement import Displaced, displaced, even_cuts
-from brittle.kernel.quadrature import check_outputs, row_blocks
+from brittle.kernel.quadrature import check_outputs
 from brittle.path.flat import FlatModel
 from brittle.path.replay import Path
 from brittle.records import Groups, Pairs, Progress
@@ -50,17 +50,22 @@ class Memory:
         return self.segments * self.nodes
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Every node: the states (P,) at the ends of its piece of a line, and its displacements (G + 1, P)."""
+        """Every node: the states (P,) at the ends of its piece of a segment, and the segment's (G + 1, P)."""
         low = self.ends[0]
         for t in range(self.segments):
             for k in range(1, self.nodes + 1):
                 high = torch.lerp(self.ends[t], self.ends[t + 1], k / self.nodes)
-                yield low, high, self.displacements[t] / self.nodes
+                yield low, high, self.displacements[t]
                 low = high
 
     def points(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Every node: the state there (P,), and its displacements (G + 1, P)."""
-        return ((torch.lerp(low, high, 0.5), moved) for low, high, moved in self.pieces())
+        return ((torch.lerp(low, high, 0.5), moved / self.nodes) for low, high, moved in self.pieces())
+
+    def used(self) -> int:
+        """Rows up to the last that is not zero throughout: without decay and buffers, the groups alone."""
+        live = torch.stack([(moved != 0).any(1) for moved in self.displacements]).any(0)
+        return int(live.nonzero().max()) + 1 if live.any() else 0
 
     def by_class(self, groups: Groups, classes: int) -> Memory:
         """The same memory with the groups of each class summed up."""
@@ -154,11 +159,11 @@ def add_mass(
     total: Tensor, memory: Memory, along: Directional, inputs: Tensor, pairs: Pairs, progress: Progress | None = None
 ) -> Tensor:
     """Add the mass of R inputs, node by node, to `total` (R, G + 1)."""
-    blocks = list(row_blocks(len(inputs), along.flat))
+    blocks, used = list(along.blocks(len(inputs))), memory.used()
     for b, rows in enumerate(blocks):
         carried = along.at(inputs[rows], pairs[rows])
         for k, (low, high, moved) in enumerate(memory.pieces(), 1):
-            total[rows] += carried(low, high, moved.to(along.flat.state)).double().cpu()
+            total[rows, :used] += carried(low, high, moved[:used].to(along.flat.state)).double().cpu() / memory.nodes
             if progress:
                 progress(b * memory.evaluations + k, len(blocks) * memory.evaluations)
     return total
