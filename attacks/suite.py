@@ -77,7 +77,7 @@ def run(
         epsilon = (epsilons or {}).get(norm) or default_epsilon(norm, subject)
         setting, parts = Setting(norm, epsilon, guide, near, generator), list[AttackRows | Broken]()
         for b, block in enumerate(blocks):
-            problem = replace(_problem(subject, queries[block], norm), cap=cap, draws=draws, enough=within)
+            problem = replace(problem_of(subject, queries[block], norm), cap=cap, draws=draws, enough=within)
             parts += _unsettled(SUITE[name].make(setting, steps), problem, done[norm][block])
             if progress:
                 progress(k * len(blocks) + b + 1, len(plan) * len(blocks))
@@ -103,7 +103,7 @@ def _unsettled(attack: Attack, problem: Problem, done: Tensor) -> list[AttackRow
     return [replace(part, **columns, outcome=None)]
 
 
-def _problem(subject: Subject, queries: Queries, norm: Norm) -> Problem:
+def problem_of(subject: Subject, queries: Queries, norm: Norm) -> Problem:
     """The queries on the model's device."""
     device = next(subject.model.parameters()).device
     logits = partial(subject.class_logits, subject.model)

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from brittle.blame import described
 from brittle.errors import DataError, ModelError, NotFiniteError
 
+CHECKED = 4096
+"""Inputs that are looked at together: a check for finite numbers takes copies of them."""
+
 
 def as_numbers(values: Any, what: str) -> Tensor:
     """A tensor of the values. Raises `DataError` where they are not numbers."""
@@ -42,7 +45,7 @@ def checked_inputs(inputs: Tensor, what: str) -> Tensor:
             f"{what} inputs must be floating point, found {inputs.dtype}; convert them to the range the model expects, "
             "for bytes inputs.float() / 255"
         )
-    if not inputs.isfinite().all():
+    if not all(bool(part.isfinite().all()) for part in inputs.split(CHECKED)):
         bad = (~inputs.isfinite()).flatten(1).any(1)
         raise NotFiniteError(
             f"{what} inputs must be finite, found NaN or infinity in {int(bad.sum())} of {len(inputs)}, "
@@ -75,6 +78,17 @@ def checked_names(names: Sequence[str] | None, count: int, what: str) -> tuple[s
             "pass them in the order of the examples"
         )
     return tuple(map(str, names)) if names is not None else ()
+
+
+def checked_groups(labels: Any, count: int) -> tuple[str, ...]:
+    """One label a training example, as text."""
+    if isinstance(labels, (str, bytes)) or not hasattr(labels, "__len__") or len(labels) != count:
+        found = f"{len(labels)} labels" if hasattr(labels, "__len__") else type(labels).__name__
+        raise DataError(
+            f"groups must hold one label a training example, found {found} for {count} examples; pass them in the "
+            "order of the examples"
+        )
+    return tuple(map(str, labels.tolist() if hasattr(labels, "tolist") else labels))
 
 
 def checked_bounds(bounds: Any) -> tuple[float, float]:

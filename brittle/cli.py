@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 PRESETS = ("quick", "standard", "thorough")
 """Those of `brittle.pipeline`, which is too heavy to ask for `--help`."""
 
+NORMS = ("l0", "l1", "l2", "linf")
+"""Those of `brittle.records`."""
+
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 """Of the doctor's verdicts, on a terminal."""
 
@@ -89,7 +92,7 @@ def audits(command: Command) -> Command:
             "--memory-budget",
             callback=_bytes,
             metavar="SIZE",
-            help="For the queries that are accounted for at once, such as 500M or 4G.  [default: 1G]",
+            help="For the queries that are accounted for at once, such as 500M or 4G.  [default: 2G]",
         ),
         click.option("--deterministic", is_flag=True, help="The same bits every time; one thread a process."),
         looks,
@@ -160,6 +163,27 @@ def make_map(out: Path, shard: str | None, **asked: Any) -> None:
         found = pipeline.make_map(subject, out, share=share, **settings)
     if share.leads or share.lone:
         click.echo(charted(found, out))
+
+
+@commands.command()
+@audits
+@click.option(
+    "--norm", "norms", multiple=True, type=click.Choice(NORMS), help="Again for several.  [default: l2, linf]"
+)
+@click.option("--eps", "epsilon", type=click.FloatRange(min=0, min_open=True), help="Of attacks within a distance.")
+@click.option("--attack", "attacks", multiple=True, metavar="NAME", help="Again for several.  [default: the preset's]")
+@click.option("--cap", type=click.IntRange(min=1), help="Evaluations that one attack may spend on an input.")
+def attack(out: Path, norms: tuple[str, ...], attacks: tuple[str, ...], **asked: Any) -> None:
+    """Attack the queries of an audit alone, and check whether the attacks can be believed.
+
+    SPEC is file.py:make or package.module:make. Without --norm, --eps, --attack and --cap it is the audit's own stage,
+    and `brittle audit` goes on from it.
+    """
+    from brittle import pipeline
+    from brittle.terminal import attacked
+
+    with _asked(out, norms=norms or None, attacks=attacks or None, **asked) as (subject, settings):
+        click.echo(attacked(pipeline.attack(subject, out, **settings), out))
 
 
 @contextmanager

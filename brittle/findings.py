@@ -59,6 +59,16 @@ class MemoryFidelity(Record):
     segments: int
     nodes: int = Field(description="quadrature nodes over the whole path: gradient passes per input")
     sample: int = Field(description="number of probes compared")
+    shift_distance: float | None = Field(
+        default=None, description="median distance of class shifts from the finer account / length of the latter"
+    )
+    tolerance: float | None = Field(
+        default=None, description="error asked for: of the larger of shift_distance and shift_residual"
+    )
+    met: bool | None = Field(default=None, description="whether the tolerance was met on this sample")
+    rounding: float | None = Field(
+        default=None, description="where the memory was kept in float16: mean error of masses / mean mass, for that"
+    )
 
 
 class LedgerRow(Record):
@@ -212,12 +222,24 @@ class AttackResult(Record):
     evaluations: float = Field(description="mean gradient evaluations an input")
 
 
+class HealthCheck(Record):
+    """One check of whether the attacks can be believed."""
+
+    name: str
+    norm: Literal["l0", "l1", "l2", "linf"]
+    verdict: Literal["pass", "warn", "fail"]
+    value: float | None = Field(description="the figure that was looked at")
+    sentence: str
+
+
 class Attacks(Record):
     """Observed adversarial distances: every row is in failures.csv."""
 
     inputs: int
     wrong_when_clean: int
     results: list[AttackResult]
+    verdict: Verdict = Field(default="inconclusive", description="inconclusive where a health check failed or none ran")
+    health: list[HealthCheck] = []
 
 
 class ScoreResult(Record):

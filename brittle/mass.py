@@ -1,12 +1,13 @@
 """Mass: contributions summed over groups of training examples.
 
-Groups are the classes, or clusters within the classes; a cluster's mass is the sum of its examples'
-contributions to an output, in logits. *Net* mass is the signed sum over groups, *gross* mass the sum of
+Groups are the classes, clusters within the classes, or the user's own labels within them; a group's mass is the sum of
+its examples' contributions to an output, in logits. *Net* mass is the signed sum over groups, *gross* mass the sum of
 absolute values; support is what part of the gross mass is left over as net.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from brittle.checks import checked_groups
 from brittle.data import Examples
 from brittle.kernel.layers import units
 from brittle.kernel.quadrature import blocks
@@ -21,6 +23,26 @@ from brittle.records import Groups
 from brittle.subject import Subject
 
 FEATURE_BATCH = 1024
+
+
+def groups_of(subject: Subject, per_class: int) -> Groups:
+    """The user's own groups (`Subject(groups=...)`), or else clusters."""
+    return cluster_groups(subject, per_class) if subject.groups is None else labelled_groups(subject, subject.groups)
+
+
+def labelled_groups(subject: Subject, labels: Sequence[Any]) -> Groups:
+    """Groups by the user's own labels, one a training example: of a source, a writer, a batch of collecting.
+
+    A label that several classes bear makes a group in each of them, named `CLASS/LABEL`. A class without examples
+    keeps an empty group. Raises `DataError` where there are not as many labels as training examples.
+    """
+    texts, targets = checked_groups(labels, len(subject.train)), subject.train.targets.tolist()
+    found = sorted({*zip(targets, texts, strict=True)})
+    found += [(c, "") for c in range(subject.classes) if c not in set(targets)]
+    place = {group: g for g, group in enumerate(found)}
+    names = tuple(f"{subject.class_names[c]}/{text}" if text else subject.class_names[c] for c, text in found)
+    of_each = torch.tensor([place[group] for group in zip(targets, texts, strict=True)])
+    return Groups(of_each, torch.tensor([c for c, _ in found]), names)
 
 
 def class_groups(subject: Subject) -> Groups:

@@ -133,6 +133,8 @@ class Ledger:
     @classmethod
     def join(cls, *parts: Ledger) -> Ledger:
         """The accounts of several sets of outputs, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
         return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
 
     def row(self, name: str) -> Tensor:

@@ -34,6 +34,8 @@ def fingerprints(subject: Subject) -> dict[str, str]:
     if subject.checkpoints:
         path = Checkpoints(subject)
         prints["checkpoints"] = digest(*path.states, torch.tensor(path.lr))
+    if subject.groups is not None:
+        prints["groups"] = hashlib.sha256(json.dumps(subject.groups).encode()).hexdigest()[:16]
     return {"weights": digest(*subject.model.state_dict().values()), **prints}
 
 

@@ -27,6 +27,7 @@ from brittle.checks import (
     check_shape,
     checked_bounds,
     checked_checkpoints,
+    checked_groups,
     checked_scale,
     unwrapped,
 )
@@ -66,6 +67,8 @@ class Subject:
             hold a state dict, state dicts or modules. The account is then coarse, and says by how much.
         pool: further labelled examples from which suggestions are drawn.
         ids: names of the training examples, shown in the report.
+        groups: one label a training example (text or number: a source, a writer, a batch of collecting), whose mass the
+            audit follows within each class; by default it makes clusters.
         retrain: (examples, seed) -> a freshly trained model; lets suggestions be checked.
         forward: (model, normalized inputs) -> output, where calling the model is not `model(x)`.
         augment: (raw input of one example, id, epoch) -> the raw input that training saw, where training augmented
@@ -87,6 +90,7 @@ class Subject:
     checkpoints: Sequence[tuple[Any, float]] | None = None
     pool: Examples | None = None
     ids: Sequence[str] | None = None
+    groups: Sequence[Any] | None = None
     retrain: Retrain | None = None
     forward: Forward | None = None
     augment: Augment | None = None
@@ -100,6 +104,7 @@ class Subject:
         put("pool", None if self.pool is None else Examples.of(self.pool, "pool"))
         put("path", None if self.path is None else Path(self.path))
         put("checkpoints", checked_checkpoints(self.checkpoints, recorded=self.path is not None))
+        put("groups", None if self.groups is None else checked_groups(self.groups, len(self.train)))
         put("bounds", checked_bounds(self.bounds))
         put("model", unwrapped(self.model))
         put("name", self.name or type(self.model).__name__)

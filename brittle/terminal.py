@@ -10,12 +10,13 @@ from torch import Tensor
 
 from brittle.errors import UsageError
 from brittle.findings import Findings
-from brittle.report.formatting import fixed, number, percent, signed
+from brittle.report.formatting import fixed, norm_name, number, percent, signed
 from brittle.report.view.flips import ExampleView, FlipView, flips_of
 from brittle.report.view.headline import headline_of
 from brittle.runs import RunFolder
 
 if TYPE_CHECKING:
+    from brittle.pipeline.attacking import Attacked
     from brittle.pipeline.charting import Charted
 
 TOP = 5
@@ -55,6 +56,22 @@ def charted(found: Charted, run: Path | str) -> str:
     if found.holes is not None:
         parts.append(f"{found.holes} holes")
     return ", ".join(parts) + "; `brittle audit` goes on from here"
+
+
+def attacked(found: Attacked, run: Path | str) -> str:
+    """What attacks found, norm by norm, and whether they can be believed."""
+    lines = []
+    for norm in found.norms():
+        far, held = found.nearest(norm)
+        near = "never" if far.value is None else fixed(far.value, 4)
+        share = "" if held is None or held.value is None else f", {percent(held.value)} hold within {found.epsilon:g}"
+        lines.append(f"{norm_name(norm)}: {found.inputs} inputs fail at a median distance of {near}{share}")
+    lines += [
+        f"  {c.verdict:<5} {norm_name(c.norm)} {c.name}: {c.sentence}" for c in found.health if c.verdict != "pass"
+    ]
+    if found.wrong_when_clean:
+        lines.append(f"{found.wrong_when_clean} inputs are wrong before any attack and were left out")
+    return "\n".join([*lines, f"health: {found.verdict}; every attack's rows are in {Path(run) / 'failures.csv'}"])
 
 
 def explanation(run: RunFolder, query: int) -> str:

@@ -17,9 +17,10 @@ from cases import float64 as float64
 from torch import Tensor, nn
 
 import brittle
-from brittle.accounts import build_memory, open_path
+from brittle.accounts import open_path
 from brittle.errors import BrittleError, DataError, NotFiniteError, PathMismatchError, RunFolderError, UsageError
 from brittle.findings import Findings
+from brittle.kernel.memory import build
 from brittle.kernel.sweep import Quadrature, sweep
 from brittle.path.checkpoints import CHUNK, Checkpoints
 from brittle.path.flat import FlatModel, state_of
@@ -207,7 +208,8 @@ def test_groups_displace_what_follows_the_gradient_and_nothing_across_it() -> No
     """For a recorded path the groups' displacements and decay add up to the step; here only to its projection."""
     subject = trained("batch norm", steps=8, every=4, batch=4, momentum=0.9, weight_decay=0.01).subject()
     path = open_path(subject)
-    memory = build_memory(subject, path, two_per_class(subject), 40, 2, "cpu", None)
+    assert path is not None
+    memory = build(path, subject, two_per_class(subject), 40)
     assert memory.segments == 2
     parameters = FlatModel(subject.model).parameters
     for t in range(memory.segments):

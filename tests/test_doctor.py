@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import brittle
-from brittle.accounts import build_memory, open_path
+from brittle.accounts import open_path
 from brittle.cli import commands, main
 from brittle.data import Examples
 from brittle.doctor import LOOKS, Check, examine, listed, machine, summary
@@ -29,6 +29,8 @@ from brittle.doctor.demand import Demand, demand_of
 from brittle.doctor.speed import Speed
 from brittle.doctor.training import opened
 from brittle.findings import Findings
+from brittle.kernel.memory import build
+from brittle.kernel.tangent import tangent_memory
 from brittle.mass import cluster_groups
 from brittle.path.store import PathReader
 from brittle.subject import Subject, replace_quietly
@@ -367,7 +369,10 @@ def test_the_memory_is_as_large_as_foretold(recorded: Subject) -> None:
     for subject in (recorded, weights_only(recorded)):
         v = visit(subject)
         demand, groups = demand_of(v), cluster_groups(subject, v.effort.clusters)
-        built = build_memory(subject, open_path(subject), groups, v.effort.segments, v.effort.nodes, "cpu", None)
+        path = open_path(subject)
+        built = (
+            build(path, subject, groups, v.effort.segments, v.effort.nodes) if path else tangent_memory(subject, groups)
+        )
         assert demand.groups == len(groups) == 9
         assert demand.evaluations == built.evaluations
         assert demand.memory_bytes == built.ends.nbytes + built.displacements.nbytes

@@ -12,9 +12,20 @@ from cases import CASES, Attention, Twice, queries, train, two_per_class
 from cases import float64 as float64
 from torch import Tensor, nn
 
+from brittle.errors import DataError
 from brittle.kernel.memory import build
 from brittle.kernel.memory import mass as mass_of
-from brittle.mass import by_group, class_groups, cluster_groups, gross, net, penultimate, support
+from brittle.mass import (
+    by_group,
+    class_groups,
+    cluster_groups,
+    gross,
+    groups_of,
+    labelled_groups,
+    net,
+    penultimate,
+    support,
+)
 from brittle.records import Groups
 from brittle.scores import (
     lack_of_support,
@@ -179,3 +190,42 @@ def test_mass_by_class_is_mass_of_classes(tmp_path: Path) -> None:
         for g in (fine, coarse)
     )
     assert torch.allclose(fine.by_class(by_pair, 3), by_class, atol=1e-12)
+
+
+def test_a_users_own_labels_are_followed_within_each_class(tmp_path: Path) -> None:
+    subject = train("tanh", "sgd", tmp_path).subject
+    targets = subject.train.targets
+    labels = ["old" if i % 3 else "new" for i in range(len(targets))]
+    groups = labelled_groups(subject, labels)
+    for i, (target, label) in enumerate(zip(targets.tolist(), labels, strict=True)):
+        g = int(groups.labels[i])
+        assert groups.names[g] == f"{subject.class_names[target]}/{label}"
+        assert groups.classes[g] == target
+    assert len(groups) == len({*zip(targets.tolist(), labels, strict=True)})
+    contributions = random(2, len(targets))
+    by_class = groups.by_class(by_group(contributions, groups), subject.classes)
+    assert torch.allclose(by_class, by_group(contributions, class_groups(subject)))
+
+
+def test_a_class_without_examples_keeps_an_empty_group(tmp_path: Path) -> None:
+    subject = train("tanh", "sgd", tmp_path).subject
+    rows = subject.train.targets != 2
+    subject = Subject(subject.model, subject.train[rows.nonzero()[:, 0]], subject.test)
+    groups = labelled_groups(subject, torch.ones(len(subject.train), dtype=torch.int64))
+    assert groups.names == ("0/1", "1/1", "2")
+    assert groups.classes.tolist() == [0, 1, 2]
+
+
+def test_the_subject_names_the_groups_of_the_audit(tmp_path: Path) -> None:
+    subject = train("tanh", "sgd", tmp_path).subject
+    data = (subject.train.inputs, subject.train.targets)
+    own = Subject(subject.model, data, subject.test, groups=list(range(len(subject.train))))
+    assert len(groups_of(own, 3)) == len(subject.train)
+    assert groups_of(subject, 3).names == cluster_groups(subject, 3).names
+
+
+@pytest.mark.parametrize("labels", [["a", "b"], "ab", 3])
+def test_wrong_groups_get_one_line(labels: object, tmp_path: Path) -> None:
+    subject = train("tanh", "sgd", tmp_path).subject
+    with pytest.raises(DataError, match=r"^groups must hold one label a training example, found .*; pass them in"):
+        Subject(subject.model, (subject.train.inputs, subject.train.targets), subject.test, groups=labels)  # type: ignore[arg-type]

@@ -10,17 +10,23 @@ from pathlib import Path
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from cases import CASES, COUNT, STEPS, Case, Training, queries, train, two_per_class
 from cases import float64 as float64
 from torch import Tensor, nn
 
 from brittle.data import Examples
+from brittle.kernel.choice import Choice, Fineness, choose
 from brittle.kernel.differentiable import _row_after_row, differentiable_mass
-from brittle.kernel.directional import Directional
-from brittle.kernel.displacement import displaced, even_cuts, length_cuts, smoothed
-from brittle.kernel.memory import Memory, build, collected, fine_mass, mass
+from brittle.kernel.directional import Carried, Directional
+from brittle.kernel.displacement import displaced, even_cuts, joined, length_cuts
+from brittle.kernel.halved import halved
+from brittle.kernel.kinks import Averaged
+from brittle.kernel.memory import Memory, build, fine_mass, mass
+from brittle.kernel.quadrature import output_gradients, outputs_at
 from brittle.kernel.sweep import Quadrature, sweep
 from brittle.mass import by_group, class_groups
+from brittle.path.flat import FlatModel
 from brittle.records import Groups, Pairs
 from brittle.subject import Subject
 
@@ -168,7 +174,7 @@ def test_blocks_of_inputs_do_not_matter(tmp_path: Path, monkeypatch: pytest.Monk
     inputs, pairs = queries(training.subject)
     found = mass(memory, training.subject, inputs, pairs, progress=lambda done, of: told.append((done, of)))
     assert torch.allclose(found, whole, atol=1e-12)
-    assert told == [(k + 1, memory.evaluations) for k in range(6)]
+    assert told == [(k, len(inputs) * memory.evaluations) for k in range(1, len(inputs) * memory.evaluations + 1)]
 
 
 def test_a_replayed_path_gives_the_same_memory(tmp_path: Path) -> None:
@@ -285,106 +291,118 @@ def test_groups_without_examples_have_no_mass(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- two ways
 
 
-def directional(training: Training) -> tuple[Directional, Tensor, Tensor]:
-    """Both ways, some point of the path and three displacements there, one of them zero."""
+BACKWARD_ONLY = ["batch norm", "cnn batch norm"]
+"""Running statistics have no forward mode."""
+
+
+def directional(training: Training) -> tuple[Directional, Carried, tuple[Tensor, Tensor], Tensor]:
+    """Some inputs on the path, a line of it and three displacements there, one of them zero."""
     memory = build(training.path, training.subject, two_per_class(training.subject), segments=2)
     moved = torch.stack([memory.displacements[0, 0], torch.zeros_like(memory.ends[0]), memory.displacements[0, 1]])
-    return Directional(training.subject), memory.ends[1], moved
-
-
-BACKWARD_ONLY = ["batch norm", "cnn batch norm", "attention"]
-"""Running statistics, and attention's short cut for evaluation, have no forward mode."""
+    along = Directional(training.subject)
+    return along, along.at(*queries(training.subject)), (memory.ends[0], memory.ends[1]), moved
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name not in BACKWARD_ONLY])
 def test_forward_and_backward_find_the_same(case: str, tmp_path: Path) -> None:
-    training = train(case, "momentum l2", tmp_path)
-    along, state, moved = directional(training)
-    asked = queries(training.subject)
-    expected = along.backward(state, moved, *asked)
+    along, carried, line, moved = directional(train(case, "momentum l2", tmp_path))
+    expected = carried.backward(*line, moved)
     assert expected.abs().max() > 0
     assert along.forward_agrees
-    assert torch.allclose(along.forward(state, moved, *asked), expected, atol=1e-10)
-    assert torch.allclose(along(state, moved, *asked), expected, atol=1e-10)
+    assert torch.allclose(carried.forward(*line, moved), expected, atol=1e-10)
+    assert torch.allclose(carried(*line, moved), expected, atol=1e-10)
 
 
 @pytest.mark.parametrize("case", BACKWARD_ONLY)
 def test_what_has_no_forward_mode_is_taken_backward(case: str, tmp_path: Path) -> None:
-    along, state, moved = directional(training := train(case, "momentum", tmp_path))
+    along, carried, line, moved = directional(train(case, "momentum", tmp_path))
     assert not along.forward_agrees
-    asked = queries(training.subject)
-    assert torch.equal(along(state, moved[:1], *asked), along.backward(state, moved[:1], *asked))
+    assert torch.equal(carried(*line, moved[:1]), carried.backward(*line, moved[:1]))
 
 
-@pytest.mark.parametrize(
-    ("case", "count", "way"),
-    [("tanh", 1, "forward"), ("tanh", 4, "backward"), ("cnn", 1, "forward"), ("cnn", 3, "backward")],
-)
-def test_the_way_goes_by_the_written_costs(
-    case: str, count: int, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    along, state, moved = directional(training := train(case, "momentum", tmp_path))
+@pytest.mark.parametrize(("case", "most"), [("tanh", 2), ("cnn", 1), ("tokens", 1000)])
+def test_the_way_goes_by_the_written_costs(case: str, most: int, tmp_path: Path) -> None:
+    """Forward for at most so many displacements: few in a convolution, any number in a table that mostly rests."""
+    along = directional(train(case, "momentum", tmp_path))[0]
     assert along.forward_agrees
-    asked = queries(training.subject)
-    moved = moved[:1].repeat(count, 1)
-    monkeypatch.setattr(along, "forward" if way == "backward" else "backward", None)
-    assert along(state, moved, *asked).shape == (len(asked[0]), count)
+    f, p = along.multiplications, len(along.flat)
+    assert f == {"tanh": 4 * 5 + 5 * 3, "cnn": 9 * 9 * 4 + 36 * 3, "tokens": 5 * 3}[case]
+    for k in range(1, 20):
+        assert along.forward_pays(k) == (k <= most) == ((3 + 2.5 * k) * f < 6 * f + k * p)
 
 
 def test_displacements_of_nothing_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    along, state, moved = directional(training := train("tanh", "momentum", tmp_path))
+    along, carried, line, moved = directional(train("tanh", "momentum", tmp_path))
     rows: list[int] = []
-    backward = along.backward
+    backward = carried.backward
     monkeypatch.setattr(along, "forward_agrees", False)
-    monkeypatch.setattr(
-        along, "backward", lambda state, moved, *asked: rows.append(len(moved)) or backward(state, moved, *asked)
-    )
-    found = along(state, moved, *queries(training.subject))
-    assert rows == [2]
-    assert (found[:, 1] == 0).all()
-    assert (along(state, moved[1:2], *queries(training.subject)) == 0).all()
+    monkeypatch.setattr(carried, "backward", lambda low, high, own: rows.append(len(own)) or backward(low, high, own))
+    assert (carried(*line, moved)[:, 1] == 0).all()
+    assert (carried(*line, moved[1:2]) == 0).all()
     assert rows == [2]
 
 
-# ---------------------------------------------------------------------------------------------------- the smoothed path
+# ---------------------------------------------------------------------------------------------------------------- kinks
 
 
-def test_the_smoothed_path_leads_over_the_means_of_its_stretches(tmp_path: Path) -> None:
-    training = train("tanh", "adamw", tmp_path)
-    groups = two_per_class(training.subject)
-    steps = list(displaced(training.path, training.subject, groups, range(STEPS + 1)))
-    states = torch.stack([steps[0].low, *[part.high for part in steps]])
-    found = collected(smoothed(steps, [0, 3, 4, 9, 12]), most=9, nodes=1)
-    means = [states[a:b].mean(0) for a, b in pairwise([0, 3, 4, 9, 12])]
-    assert torch.allclose(found.ends, torch.stack([states[0], *means, states[-1]]), atol=1e-14)
-    assert torch.allclose(found.displacements.sum(1), found.ends.diff(dim=0), atol=1e-12)
-    whole = torch.stack([part.moved for part in steps]).sum(0)
-    assert torch.allclose(found.displacements.sum(0), whole, atol=1e-13), "nobody's displacement is lost"
+class Kinked(nn.Module):
+    """ReLU in every way of writing it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(6))
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c, d, e, f = self.layers
+        x = torch.relu(a(x)) + F.relu(b(x), inplace=True) + c(x).relu() + nn.ReLU(inplace=True)(d(x))
+        y = e(x)
+        y.relu_()
+        return self.last(F.relu(input=f(y)))
 
 
-def test_stretches_of_one_step_are_the_steps_themselves(tmp_path: Path) -> None:
-    training = train("batch norm", "momentum", tmp_path)
-    groups = class_groups(training.subject)
-    steps = list(displaced(training.path, training.subject, groups, range(STEPS + 1)))
-    found = list(smoothed(steps, range(STEPS + 1)))
-    assert len(found) == STEPS
-    for a, b in zip(found, steps, strict=True):
-        assert torch.allclose(a.low, b.low)
-        assert torch.allclose(a.high, b.high)
-        assert torch.allclose(a.moved, b.moved)
+def test_kinks_are_what_relu_is_on_average() -> None:
+    low, high = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    z = torch.lerp(low, high, torch.linspace(0, 1, 100_001)[:, None])
+    x = torch.randn(50, requires_grad=True)
+    with Averaged([low], [high]):
+        found = torch.relu(x)
+    (slope,) = torch.autograd.grad(found.sum(), x)
+    assert torch.allclose(found, z.relu().mean(0), atol=1e-5)
+    assert torch.allclose(slope, (z > 0).to(z).mean(0), atol=1e-4)
 
 
-def test_averaged_weights_end_a_smoothed_path(tmp_path: Path) -> None:
-    training = train("tanh", "ema", tmp_path)
-    steps = list(displaced(training.path, training.subject, class_groups(training.subject), range(STEPS + 1)))
-    assert len(steps) == STEPS + 1
-    found = list(smoothed(steps, [0, 6, 12]))
-    assert len(found) == 4
-    assert found[-1] is steps[-1]
-    assert torch.equal(found[-2].high, found[-1].low)
+def test_at_a_point_kinks_change_nothing(tmp_path: Path) -> None:
+    training = train(Case("kinked", Kinked), "momentum", tmp_path)
+    along, carried, (low, _), moved = directional(training)
+    inputs, pairs = queries(training.subject)
+    assert len(carried._kinks(low)) == 6
+    expected = output_gradients(training.subject, along.flat, low, inputs, pairs) @ moved.T
+    assert torch.allclose(carried.backward(low, low, moved), expected, atol=1e-12)
+    assert torch.allclose(carried.forward(low, low, moved), expected, atol=1e-12)
 
 
-def test_stretches_are_of_equal_length(tmp_path: Path) -> None:
+def test_one_node_with_kinks_finds_what_many_midpoints_find(tmp_path: Path) -> None:
+    training = train(Case("kinked", Kinked), "momentum", tmp_path)
+    subject, groups = training.subject, two_per_class(training.subject)
+    inputs, pairs = queries(subject, 20)
+    few = build(training.path, subject, groups, segments=STEPS, nodes=1)
+    expected, plain = (plain_mass(subject, replace(few, nodes=n), inputs, pairs) for n in (60, 1))
+    found = mass(few, subject, inputs, pairs)
+    assert (found - expected).norm() < 0.25 * (plain - expected).norm()
+
+
+def plain_mass(subject: Subject, memory: Memory, inputs: Tensor, pairs: Pairs) -> Tensor:
+    """Mass by midpoints alone: kinks are hit or missed."""
+    flat = FlatModel(subject.model)
+    parts = [output_gradients(subject, flat, state, inputs, pairs) @ moved.T for state, moved in memory.points()]
+    return torch.stack(parts).sum(0)
+
+
+# -------------------------------------------------------------------------------------------------------------- lengths
+
+
+def test_segments_are_of_equal_length(tmp_path: Path) -> None:
     path = train("tanh", "cosine", tmp_path).path
     cuts = length_cuts(path, range(STEPS + 1), 4)
     states = [path.snapshot(step).state for step in range(STEPS + 1)]
@@ -393,3 +411,123 @@ def test_stretches_are_of_equal_length(tmp_path: Path) -> None:
     for place, cut in enumerate(cuts[1:-1], 1):
         assert cut == (along - place / 4 * along[-1]).abs().argmin()
     assert length_cuts(path, [0, 5, 12], 40) == [0, 1, 2]
+
+
+def test_joined_segments_are_those_of_a_coarser_walk(tmp_path: Path) -> None:
+    training = train("batch norm", "ema", tmp_path)
+    groups = class_groups(training.subject)
+    fine, coarse = (displaced(training.path, training.subject, groups, at) for at in (range(STEPS + 1), [0, 3, 4, 12]))
+    found, expected = list(joined(fine, [0, 3, 4, 12])), list(coarse)
+    assert len(found) == len(expected) == 4
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a.low, b.low)
+        assert torch.allclose(a.high, b.high)
+        assert torch.allclose(a.moved, b.moved, atol=1e-13)
+
+
+# --------------------------------------------------------------------------------------------------------------- choice
+
+
+def sample(training: Training) -> tuple[Tensor, Pairs, Tensor]:
+    """Some queries, and three probes of each."""
+    inputs, pairs = queries(training.subject)
+    noise = torch.randn(len(inputs), 3, *inputs.shape[1:], generator=torch.Generator().manual_seed(7))
+    return inputs, pairs, inputs[:, None] + 0.05 * noise
+
+
+def choice(training: Training, tolerance: float, most: Fineness) -> Choice:
+    groups, finer = two_per_class(training.subject), Fineness(STEPS, 4)
+    return choose(training.path, training.subject, groups, *sample(training), tolerance, most, finer)
+
+
+def true_error(training: Training, memory: Memory, nodes: int = 4) -> float:
+    """The shift's error, written out query by query and probe by probe, against every step by itself."""
+    subject, groups = training.subject, two_per_class(training.subject)
+    inputs, pairs, probes = sample(training)
+    flat, first = FlatModel(subject.model), training.path.snapshot(0).state
+    masses_of = lambda x, p: (  # noqa: E731
+        mass(memory, subject, x, p),
+        fine_mass(training.path, subject, groups, x, p, STEPS, nodes),
+        p.margin(subject.predict(x)),
+        outputs_at(subject, flat, first, x, p),
+    )
+    distances, residuals, changes = [], [], []
+    for m in range(len(inputs)):
+        pair = pairs[m : m + 1]
+        clean = masses_of(inputs[m : m + 1], pair)
+        for probe in probes[m]:
+            found, fine, margin, start = (a - b for a, b in zip(masses_of(probe[None], pair), clean, strict=True))
+            by_class = [groups.by_class(s[0, :-1], subject.classes) for s in (found, fine)]
+            distances.append((by_class[0] - by_class[1]).norm() / by_class[1].norm())
+            residuals.append((margin - start - found.sum()).abs())
+            changes.append(margin.abs())
+    return max(torch.stack(distances).median().item(), (sum(residuals) / sum(changes)).item())
+
+
+@pytest.mark.parametrize(("case", "recipe"), [("tanh", "momentum l2"), ("cnn", "adamw")])
+@pytest.mark.parametrize("tolerance", [0.3, 0.05])
+def test_the_choice_meets_its_tolerance_and_nothing_cheaper_does(
+    case: str, recipe: str, tolerance: float, tmp_path: Path
+) -> None:
+    training = train(case, recipe, tmp_path)
+    found = choice(training, tolerance, Fineness(STEPS, 4))
+    assert found.met
+    assert found.error <= tolerance
+    assert true_error(training, found.memory) == pytest.approx(found.error, rel=1e-6)
+    *cheaper, taken = found.candidates
+    assert (taken.segments, taken.evaluations) == (found.memory.segments, found.memory.evaluations)
+    assert all(c.error > tolerance and c.evaluations <= taken.evaluations for c in cheaper)
+
+
+def test_a_tolerance_that_cannot_be_met_takes_the_best_and_says_so(tmp_path: Path) -> None:
+    training = train("relu", "momentum", tmp_path)
+    found = choice(training, 0.0, Fineness(STEPS, 2))
+    assert not found.met
+    assert found.error == min(c.error for c in found.candidates) > 0
+    assert sorted({(c.segments, c.nodes) for c in found.candidates}) == [(6, 1), (6, 2), (12, 1), (12, 2)]
+    assert true_error(training, found.memory) == pytest.approx(found.error, rel=1e-6)
+    inputs = 3 * (1 + 3)
+    assert found.evaluations == inputs * (4 * STEPS + sum(c.evaluations for c in found.candidates))
+
+
+def test_the_chosen_memory_accounts_for_the_whole_path(tmp_path: Path) -> None:
+    training = train("cnn batch norm", "ema", tmp_path)
+    memory = choice(training, 0.5, Fineness(6, 2)).memory
+    assert torch.equal(memory.ends[-1], training.path.final())
+    assert torch.allclose(memory.displacements.sum(1), memory.ends.diff(dim=0), atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------- half precision
+
+
+@pytest.mark.parametrize("case", ["tanh", "batch norm"])
+def test_what_rounding_does_to_masses_is_stated_and_bounded(case: str, tmp_path: Path) -> None:
+    training = train(case, "momentum l2", tmp_path)
+    subject, groups = training.subject, two_per_class(training.subject)
+    memory = build(training.path, subject, groups, segments=4, nodes=2)
+    inputs, pairs = queries(subject)
+    kept = halved(memory, subject, inputs, pairs)
+    assert kept.displacements.dtype == torch.float16
+    exact, off = masses(training, memory), masses(training, kept.whole())
+    assert (
+        kept.whole().rounding == kept.error == pytest.approx(((off - exact).abs().mean() / exact.abs().mean()).item())
+    )
+    assert 0 < kept.error < 2e-3
+    bound = torch.zeros_like(exact)
+    for k, (state, _) in enumerate(memory.points()):
+        slope = output_gradients(subject, FlatModel(subject.model), state, inputs, pairs).norm(dim=1)
+        bound += slope[:, None] * kept.lost[k // memory.nodes] / memory.nodes
+    assert ((off - exact).abs() <= bound + 1e-12).all()
+    lengths = memory.displacements.norm(dim=-1)
+    assert (kept.lost <= 2**-11 * lengths + 1e-9 * lengths.max()).all()
+
+
+def test_rows_of_any_size_keep_their_digits(tmp_path: Path) -> None:
+    """Without a scale of its own a row of size 1e-9 would vanish, and one of 1e9 overflow."""
+    training = train("tanh", "momentum", tmp_path)
+    memory = build(training.path, training.subject, class_groups(training.subject), segments=1, nodes=1)
+    sizes = torch.tensor([1e-9, 1.0, 1e9, 0.0])
+    scaled = replace(memory, displacements=memory.displacements[:, :1] * sizes[None, :, None])
+    kept = halved(scaled, training.subject, *queries(training.subject))
+    assert (kept.lost <= 2**-11 * scaled.displacements.norm(dim=-1)).all()
+    assert (kept.whole().displacements[:, 3] == 0).all()

@@ -59,7 +59,7 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Traini
 def bytes_for(subject: Subject, count: int) -> int:
     """The budget of a block of `count` queries."""
     itemsize = next(subject.model.parameters()).element_size()
-    return count * (units.HELD * layout(subject.model)[-1].stop * itemsize + 8 * len(subject.train))
+    return count * units.bytes_each(layout(subject.model)[-1].stop, itemsize, len(subject.train))
 
 
 def accounted(training: Training, count: int, block: int) -> Swept:
@@ -374,7 +374,7 @@ def test_units_of_another_cut_or_of_other_queries_do_not_count(
     with begin(small, tmp_path, asked(budget), Share()) as c:
         there = first_account(c)
         assert there.missing() == there.units
-        first = Accounting(c, "ledger", there.ids, there.inputs.flip(0), there.pairs)
+        first = Accounting(c, "ledger", "again", there.ids, there.inputs.flip(0), there.pairs)
         assert not set(map(first._name, first.units)) & set(map(there._name, there.units))
     assert work(small, tmp_path, budget) == 0
     assert_same(arrays(tmp_path), expected)

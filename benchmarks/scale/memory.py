@@ -2,7 +2,8 @@
 
 Each part of the map that walks the training runs in a process of its own, for as many queries whatever N is: building
 the group memory, and the account. The growth is that of the peak, less that of the training inputs and labels; loading
-and checking the data counts.
+and checking the data counts. Both trainings have the same number of steps, so that the path takes the same room: its
+reader holds at most two of its files, which grow with the number of steps up to 64 MB each.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from brittle.pipeline.accounting import first_account
 from brittle.pipeline.context import Asked, begin
 from brittle.pipeline.mapping import memory
 from brittle.stages import peak_memory_mb
+from brittle.subject import Subject
 
 PARTS = ("memory", "account")
 
@@ -27,9 +29,9 @@ def growth(sizes: tuple[int, int], queries: int, cache: Path) -> dict[str, float
     """MB that each part's peak grows by from one size to the other, beyond the data."""
     found = {}
     for size in sizes:
-        make(size, str(cache))  # trained here, so that no peak is that of the training
+        subject_of(size, cache, sizes[1])  # trained here, so that no peak is that of the training
     for part in PARTS:
-        peaks = [peak(part, size, queries, cache) for size in sizes]
+        peaks = [peak(part, size, queries, cache, sizes[1]) for size in sizes]
         data = [data_bytes(size) / 2**20 for size in sizes]
         found[part] = (peaks[1] - data[1]) - (peaks[0] - data[0])
         print(
@@ -40,17 +42,23 @@ def growth(sizes: tuple[int, int], queries: int, cache: Path) -> dict[str, float
     return found
 
 
-def peak(part: str, size: int, queries: int, cache: Path) -> float:
+def peak(part: str, size: int, queries: int, cache: Path, most: int) -> float:
     """The largest resident size of a process that makes one part of the map, in MB."""
-    command = [sys.executable, "-m", "benchmarks.scale.memory", part, str(size), str(queries), str(cache)]
+    arguments = [part, str(size), str(queries), str(cache), str(most)]
+    command = [sys.executable, "-m", "benchmarks.scale.memory", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def work(part: str, size: int, queries: int, cache: Path) -> None:
+def subject_of(size: int, cache: Path, most: int) -> Subject:
+    """A training of `size` images that has as many steps as one epoch of `most`."""
+    return make(size, str(cache), epochs=max(1, round(most / size)))
+
+
+def work(part: str, size: int, queries: int, cache: Path, most: int) -> None:
     """Make one part of the map."""
     asked = Asked(queries, 0, "cpu", "quick", None, {}, False, BUDGET, False)
-    with TemporaryDirectory() as folder, begin(make(size, str(cache)), folder, asked) as c:
+    with TemporaryDirectory() as folder, begin(subject_of(size, cache, most), folder, asked) as c:
         if part == "memory":
             memory(c)
         else:
@@ -58,5 +66,5 @@ def work(part: str, size: int, queries: int, cache: Path) -> None:
 
 
 if __name__ == "__main__":
-    work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]))
     print(json.dumps(peak_memory_mb()))

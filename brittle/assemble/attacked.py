@@ -22,7 +22,14 @@ def attacks(e: Evidence) -> Attacks:
         nearest = smallest(e.attacked, norm)
         results += [_attack(rows, nearest[rows.attack]) for rows in e.attacked if rows.norm == norm]
         results.append(_attack(envelope(e.attacked, norm), None))
-    return Attacks(inputs=int(sealed.right.sum()), wrong_when_clean=int((~sealed.right).sum()), results=results)
+    believed = bool(e.health) and not any(check.verdict == "fail" for check in e.health)
+    return Attacks(
+        inputs=int(sealed.right.sum()),
+        wrong_when_clean=int((~sealed.right).sum()),
+        results=results,
+        verdict="pass" if believed else "inconclusive",
+        health=e.health,
+    )
 
 
 def norms_of(rows: Sequence[AttackRows]) -> list[Norm]:

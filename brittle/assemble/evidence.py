@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from brittle.accounts import Account
 from brittle.agreement.contests import Contest
-from brittle.findings import Agreement, MemoryFidelity
+from brittle.findings import Agreement, HealthCheck, MemoryFidelity
 from brittle.flips import Flips
 from brittle.holes import Region
 from brittle.outcomes import Observed
@@ -32,6 +32,7 @@ class Evidence:
     observed: Observed  # of `split.both`
     holes: list[Region]
     attacked: list[AttackRows]  # on sealed queries that are right when clean
+    health: list[HealthCheck]  # of these attacks
     flips: Flips
     account: Account  # of the predicting queries, then every flip before and after
     contests: list[Contest]

@@ -112,6 +112,9 @@ def warnings(e: Evidence) -> list[str]:
             found.append(
                 f"Under {family.name} fewer than 1% fail by {family.reference:g} ({family.unit}): little to learn."
             )
+    for check in e.health:
+        if check.verdict == "fail":
+            found.append(f"Attacks in {check.norm} cannot be believed: {check.sentence}.")
     found += e.path.warnings if e.path else []
     if e.path is None:
         found.append("No path was recorded: mass and shift are those of one more training step at the final weights.")

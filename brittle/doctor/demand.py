@@ -21,6 +21,7 @@ from brittle.doctor.gradients import FIRST
 from brittle.doctor.speed import NEIGHBOURS, Speed
 from brittle.flips import BY_ATTACK, BY_PROBE
 from brittle.kernel.sweep import Quadrature
+from brittle.kernel.units import BUDGET, bytes_each
 from brittle.outcomes import LEVELS
 from brittle.path.checkpoints import Checkpoints
 from brittle.path.flat import layout
@@ -109,8 +110,15 @@ class Demand:
 
     @property
     def query_bytes(self) -> int:
-        """What the ledger holds of its outputs: gradients, and the buffers of the walk back."""
-        return (5 if self.known.steps else 2) * self.accounted * self.state * self.itemsize
+        """What the ledger holds of its outputs at once: gradients, and the buffers of the walk back."""
+        if not self.known.steps:
+            return 2 * self.accounted * self.state * self.itemsize
+        return min(self.accounted * bytes_each(self.state, self.itemsize, self.train), BUDGET)
+
+    @property
+    def walks(self) -> int:
+        """How often the ledger walks the path: once for each block of outputs."""
+        return math.ceil(self.accounted / max(1, BUDGET // bytes_each(self.state, self.itemsize, self.train)))
 
     @property
     def held_bytes(self) -> int:
@@ -166,7 +174,8 @@ class Demand:
             products = self.accounted * self.train * self.state * speed.multiply
             return (self.accounted + self.train) * speed.gradient + products
         lines = math.ceil(known.steps / known.segment) * known.nodes * self.accounted
-        return self._walk(speed, self.accounted, PASSES["pull back"]) + lines * speed.gradient
+        again = (self.walks - 1) * self._walk(speed, 0, PASSES["pull back"])
+        return self._walk(speed, self.accounted, PASSES["pull back"]) + again + lines * speed.gradient
 
     def _agreement(self, speed: Speed) -> float:
         late = LATE_STATES * (self.natural + self.queries * (1 + self.families)) if self.known.steps else 0

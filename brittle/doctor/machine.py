@@ -40,7 +40,7 @@ def memory(v: Visit) -> Check:
     if needed > there:
         remedy = "take a larger machine" if v.preset == "quick" else "take --preset quick, or a larger machine"
         if demand.query_bytes > 2 * demand.memory_bytes:
-            remedy = "ask for fewer --queries"
+            remedy = "take a smaller --memory-budget" if demand.known.steps else "ask for fewer --queries"
         return Check("memory", "fail", f"an audit must fit into memory, found {line}; {remedy}")
     return Check("memory", "warn" if needed > there / 2 else "ok", line)
 

@@ -1,4 +1,6 @@
-"""How far outputs move with the weights: <J(x), U_k> for R inputs and K displacements of the weights, one of two ways.
+"""How far outputs move with the weights: <J(x), U_k> for R inputs and K displacements of the weights.
+
+J is the average over a short line, by its middle and by its `kinks`; the products are taken in one of two ways:
 
     backward    one pass forward and one back give J in factors, which are multiplied with every U_k (`factors`)
     forward     one pass forward that carries K tangents U_k along: what comes in changes, and so do the weights
@@ -25,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from brittle.errors import SubjectError
 from brittle.kernel.factors import against, factors_of
 from brittle.kernel.gradients import AGREEMENT
+from brittle.kernel.kinks import Averaged, kinks_of
 from brittle.kernel.quadrature import CHECKED
 from brittle.path.flat import FlatModel
 from brittle.records import Pairs
@@ -36,74 +39,102 @@ FORWARD, TANGENT = 3.0, 2.5
 
 
 class Directional:
-    """<J(x), U_k> along displacements of a subject's weights."""
+    """<J(x), U_k> on average over lines of a subject's path; `flat` is the model that moves along it."""
 
     def __init__(self, subject: Subject, device: str = "cpu") -> None:
-        self._subject, self.flat = subject, FlatModel(subject.model, device)
-        self._whole = Margin(subject, self.flat.eval())
+        self.subject, self.flat = subject, FlatModel(subject.model, device)
+        self.whole = Margin(subject, self.flat.eval())
 
-    def __call__(self, state: Tensor, moved: Tensor, inputs: Tensor, pairs: Pairs) -> Tensor:
-        """The margins' change along displacements, to first order.
+    def at(self, inputs: Tensor, pairs: Pairs) -> Carried:
+        """Some inputs (R, *input) with their outputs, to be carried along the path."""
+        x = inputs.to(self.flat.state)
+        return Carried(self, x, signs(pairs, self.subject.classes).to(x))
 
-        Args:
-            state: where on the path, (P,).
-            moved: displacements, (K, P); those that are zero cost nothing.
-            inputs: raw inputs, (R, *input).
-
-        Returns:
-            <J, U>, logits, (R, K).
-        """
-        live = (moved != 0).any(1)
-        out = moved.new_zeros(len(inputs), len(moved))
-        if live.any():
-            moved = moved if live.all() else moved[live]
-            way = self.forward if self._forward_pays(len(moved)) else self.backward
-            out[:, live] = way(state, moved, inputs, pairs)
-        return out
-
-    def backward(self, state: Tensor, moved: Tensor, inputs: Tensor, pairs: Pairs) -> Tensor:
-        """By one pass back."""
-        self.flat.load(state)
-        x, sign = inputs.to(self.flat.state), signs(pairs, self._subject.classes).to(self.flat.state)
-        factors = factors_of(self.flat, lambda: self._whole(x, sign).sum(), len(x))
-        return against(self.flat, moved, factors).T
-
-    @torch.no_grad()
-    def forward(self, state: Tensor, moved: Tensor, inputs: Tensor, pairs: Pairs) -> Tensor:
-        """By one pass forward with as many tangents as displacements."""
-        x, sign = inputs.to(self.flat.state), signs(pairs, self._subject.classes).to(self.flat.state)
-        at = named(self.flat, state.to(x))
-
-        def change(tangents: dict[str, Tensor]) -> Tensor:
-            run = lambda values: torch.func.functional_call(self._whole, values, (x, sign))  # noqa: E731
-            return torch.func.jvp(run, (at,), (tangents,))[1]
-
-        with sdpa_kernel(SDPBackend.MATH):  # attention's others have no forward mode
-            return torch.func.vmap(change)(named(self.flat, moved)).T
-
-    def _forward_pays(self, k: int) -> bool:
+    def forward_pays(self, k: int) -> bool:
+        """Whether k displacements take less work forward than backward, and can be taken so."""
         f = self.multiplications
         return (FORWARD + TANGENT * k) * f < BACKWARD * f + k * len(self.flat) and self.forward_agrees
 
     @cached_property
     def multiplications(self) -> float:
-        """F: of one input in a plain pass forward; those of matrices and convolutions, at least one a weight's use."""
+        """F: of one input in a plain pass forward; those of matrices and convolutions, at least one."""
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self._subject.class_logits(self.flat.eval(), self._subject.train.inputs[:1].to(self.flat.state))
+            self.subject.class_logits(self.flat.model, self.subject.train.inputs[:1].to(self.flat.state))
         return max(counter.get_total_flops() / 2, 1.0)
 
     @cached_property
     def forward_agrees(self) -> bool:
         """Whether both ways find the same on a few training examples: along the weights and running statistics."""
-        x = self._subject.train.inputs[:CHECKED]
-        state = self.flat.state.clone()
-        pairs = Pairs.of(self._subject.class_logits(self.flat.eval(), x.to(state)).detach().cpu())
-        expected = self.backward(state, state[None], x, pairs)
+        x, state = self.subject.train.inputs[:CHECKED], self.flat.state.clone()
+        pairs = Pairs.of(self.subject.class_logits(self.flat.model, x.to(state)).detach().cpu())
+        carried = self.at(x, pairs)
+        expected = carried.backward(state, state, state[None])
         try:
-            found = self.forward(state, state[None], x, pairs)
+            found = carried.forward(state, state, state[None])
         except (RuntimeError, SubjectError):  # a module without forward mode
             return False
         return bool((found - expected).norm() <= AGREEMENT * expected.norm())
+
+
+class Carried:
+    """Some inputs that are carried along the path, line after line."""
+
+    def __init__(self, along: Directional, x: Tensor, sign: Tensor) -> None:
+        self._along, self._x, self._sign = along, x, sign
+        self._last: tuple[Tensor, list[Tensor]] | None = None  # a state, and what goes into each ReLU there
+
+    def __call__(self, low: Tensor, high: Tensor, moved: Tensor) -> Tensor:
+        """The margins' change along displacements, to first order, on average over a short line.
+
+        Args:
+            low, high: the states at its ends, (P,); a line that begins with the tensor at which the last one ended
+                saves a pass.
+            moved: displacements, (K, P); those that are zero cost nothing.
+
+        Returns:
+            <J, U>, logits, (R, K).
+        """
+        live = (moved != 0).any(1)
+        out = moved.new_zeros(len(self._x), len(moved))
+        if live.any():
+            moved = moved if live.all() else moved[live]
+            way = self.forward if self._along.forward_pays(len(moved)) else self.backward
+            out[:, live] = way(low, high, moved)
+        return out
+
+    def backward(self, low: Tensor, high: Tensor, moved: Tensor) -> Tensor:
+        """By one pass back."""
+        ends = self._kinks(low), self._kinks(high)
+        flat = self._along.flat
+        flat.load(torch.lerp(low, high, 0.5))
+
+        def margins() -> Tensor:
+            with Averaged(*ends):
+                return self._along.whole(self._x, self._sign).sum()
+
+        return against(flat, moved, factors_of(flat, margins, len(self._x))).T
+
+    @torch.no_grad()
+    def forward(self, low: Tensor, high: Tensor, moved: Tensor) -> Tensor:
+        """By one pass forward with as many tangents as displacements."""
+        ends = self._kinks(low), self._kinks(high)
+        flat, whole = self._along.flat, self._along.whole
+
+        def margins(values: dict[str, Tensor]) -> Tensor:
+            with Averaged(*ends):
+                return torch.func.functional_call(whole, values, (self._x, self._sign))
+
+        def change(tangents: dict[str, Tensor]) -> Tensor:
+            return torch.func.jvp(margins, (named(flat, torch.lerp(low, high, 0.5).to(self._x)),), (tangents,))[1]
+
+        with sdpa_kernel(SDPBackend.MATH):  # attention's others have no forward mode
+            return torch.func.vmap(change)(named(flat, moved)).T
+
+    def _kinks(self, state: Tensor) -> list[Tensor]:
+        if self._last is None or self._last[0] is not state:
+            self._along.flat.load(state)
+            self._last = state, kinks_of(lambda: self._along.whole(self._x, self._sign))
+        return self._last[1]
 
 
 class Margin(nn.Module):

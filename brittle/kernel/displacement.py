@@ -5,14 +5,6 @@ its gradients, so the groups' displacements and the decay's add up to the step:
 
     sum_g U[t, g] + decay_t = w_b - w_a        for every segment t from a to b.
 
-The path itself is a zigzag of stochastic steps. `smoothed`, it leads from the first state to the mean of the states of
-each stretch of it, one after the other, and to the last state. The mean over a stretch of L parts lacks of the k-th
-of them k / L, so that each part is shared between two lines,
-
-    U[t, g] = sum_k (1 - k / L_t) U_tk,g + sum_k (k / L_t-1) U_t-1k,g,             k = 1 .. L,
-
-and all adds up as before. A smoothed path is shorter and meets fewer kinks: it needs fewer nodes.
-
 Where the audited weights are averaged ones, a last segment leads to them, in which every step is taken back by
 what the average lacks of it: U[T, g] = - sum_s behind_s U_s,g.
 
@@ -39,7 +31,7 @@ from brittle.records import Groups, Progress
 from brittle.subject import Subject
 
 STRIDES = 4
-"""Lines by which the length of a stretch is measured."""
+"""Lines by which the length of a segment is measured."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +81,19 @@ def displaced(
 
 
 def even_cuts(steps: int, segments: int) -> list[int]:
-    """Step numbers that cut the path into `segments` stretches (fewer where it is shorter)."""
+    """Step numbers that cut the path into `segments` (fewer where it is shorter)."""
     cuts = torch.linspace(0, steps, min(segments, steps) + 1, dtype=torch.float64)
     return cuts.round().long().unique().tolist()
 
 
 def length_cuts(path: Path, at: Sequence[int], segments: int) -> list[int]:
-    """The places in `at` (steps, from 0 to the last) that cut the path into `segments` stretches of equal length.
+    """The places in `at` (steps, from 0 to the last) that cut the path into `segments` segments of equal length.
 
     There are fewer where that is not fine enough. Lengths are those of lines between stored states, `STRIDES` for each
-    stretch at most; training is fast where the learning rate is high and the loss is steep.
+    segment at most; training is fast where the learning rate is high and the loss is steep.
     """
+    if segments >= len(at) - 1:
+        return list(range(len(at)))
     stride = max(1, len(path.marks) // (STRIDES * segments))
     marks = sorted({*path.marks[::stride], path.steps})
     states = (path.snapshot(mark).state for mark in marks)
@@ -109,23 +103,15 @@ def length_cuts(path: Path, at: Sequence[int], segments: int) -> list[int]:
     return sorted({0, len(at) - 1, *np.abs(along[:, None] - wanted).argmin(0).tolist()})
 
 
-def smoothed(parts: Iterable[Displaced], cuts: Sequence[int]) -> Iterator[Displaced]:
-    """The lines of the smoothed path: one more than stretches; one less where the first is a single part.
-
-    cuts: the numbers of parts between stretches, from 0; what comes after the last of them is passed on.
-    """
-    coming, begin, carried = iter(parts), None, torch.zeros(())
+def joined(parts: Iterable[Displaced], cuts: Sequence[int]) -> Iterator[Displaced]:
+    """Longer segments: the parts between cuts (numbers of parts, from 0) as one; what comes after them is passed on."""
+    coming = iter(parts)
     for a, b in pairwise(cuts):
-        length, first, mean, own, later = b - a, None, torch.zeros(()), torch.zeros(()), torch.zeros(())
-        for k, part in enumerate(islice(coming, length), 1):
-            first, end = part.low if first is None else first, part.high
-            mean = mean + part.low / length
-            own, later = own + (1 - k / length) * part.moved, later + k / length * part.moved
-        if b > 1 and first is not None:
-            yield Displaced(first if begin is None else begin, mean, carried + own)
-        begin, carried = mean, later
-    if begin is not None:
-        yield Displaced(begin, end, carried)
+        first = last = next(coming)
+        moved = first.moved.clone()
+        for last in islice(coming, b - a - 1):
+            moved += last.moved
+        yield Displaced(first.low, last.high, moved)
     yield from coming
 
 

@@ -11,7 +11,7 @@ Domingos 2020 (arXiv 2012.00152). How U is found: `displacement`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from brittle.kernel.directional import Directional
 from brittle.kernel.displacement import Displaced, displaced, even_cuts
-from brittle.kernel.quadrature import check_outputs, midpoints, row_blocks
+from brittle.kernel.quadrature import check_outputs, row_blocks
 from brittle.path.flat import FlatModel
 from brittle.path.replay import Path
 from brittle.records import Groups, Pairs, Progress
@@ -32,11 +32,13 @@ class Memory:
     """Displacements by segment and group; the last row of each segment is what decay and the buffers did.
 
     `ends[t]` and `ends[t + 1]` are the states at both ends of segment t, `nodes` the midpoints taken in each.
+    `rounding` is the error of masses from keeping it in half precision, where it was (`halved`).
     """
 
     ends: Tensor  # shape: (T + 1, P)
     displacements: Tensor  # shape: (T, G + 1, P)
     nodes: int
+    rounding: float | None = None
 
     @property
     def segments(self) -> int:
@@ -47,11 +49,18 @@ class Memory:
         """Gradient passes that the mass of one input costs."""
         return self.segments * self.nodes
 
-    def points(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every node: the state there (P,), and the displacements (G + 1, P) weighted for it."""
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Every node: the states (P,) at the ends of its piece of a line, and its displacements (G + 1, P)."""
+        low = self.ends[0]
         for t in range(self.segments):
-            for share in midpoints(self.nodes):
-                yield torch.lerp(self.ends[t], self.ends[t + 1], share), self.displacements[t] / self.nodes
+            for k in range(1, self.nodes + 1):
+                high = torch.lerp(self.ends[t], self.ends[t + 1], k / self.nodes)
+                yield low, high, self.displacements[t] / self.nodes
+                low = high
+
+    def points(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every node: the state there (P,), and its displacements (G + 1, P)."""
+        return ((torch.lerp(low, high, 0.5), moved) for low, high, moved in self.pieces())
 
     def by_class(self, groups: Groups, classes: int) -> Memory:
         """The same memory with the groups of each class summed up."""
@@ -76,20 +85,21 @@ def build(
     nodes: int = 2,
     device: str = "cpu",
     progress: Progress | None = None,
+    cuts: Sequence[int] | None = None,
 ) -> Memory:
-    """The memory of a recorded path in `segments` stretches of as many steps each.
+    """The memory of a recorded path: `segments` of as many steps each, or between `cuts` (steps, 0 to the last).
 
     Raises `UnsupportedError` where the model cannot be taken apart by examples.
     Cost: one walk along the path with row gradients; (T + 1) x P and T x (G + 1) x P numbers.
     """
     check_outputs(subject, FlatModel(subject.model, device))
-    cuts = even_cuts(path.steps, segments)
-    lines = len(cuts) - 1 + (path.average is not None)
-    return collected(displaced(path, subject, groups, cuts, device, progress), lines, nodes)
+    cuts = even_cuts(path.steps, segments) if cuts is None else cuts
+    count = len(cuts) - 1 + (path.average is not None)
+    return collected(displaced(path, subject, groups, cuts, device, progress), count, nodes)
 
 
 def collected(parts: Iterable[Displaced], most: int, nodes: int) -> Memory:
-    """The lines of a path as a memory, written into place as they come. most: how many of them there are at most."""
+    """The segments of a path as a memory, written into place as they come. most: how many there are at most."""
     t = 0
     for t, part in enumerate(parts, 1):
         if t == 1:
@@ -97,7 +107,7 @@ def collected(parts: Iterable[Displaced], most: int, nodes: int) -> Memory:
             moved = part.moved.new_empty(most, *part.moved.shape)
             ends[0] = part.low
         ends[t], moved[t - 1] = part.high, part.moved
-    return Memory(ends[: t + 1].cpu(), moved[:t].cpu(), nodes)
+    return Memory(ends[: t + 1], moved[:t], nodes)
 
 
 def mass(
@@ -131,12 +141,12 @@ def fine_mass(
     total = torch.zeros(len(inputs), len(groups) + 1, dtype=torch.float64)
     along = Directional(subject, device)
     for part in displaced(path, subject, groups, even_cuts(path.steps, segments), device, progress):
-        add_mass(total, line(part, nodes), along, inputs, pairs)
+        add_mass(total, one_segment(part, nodes), along, inputs, pairs)
     return total
 
 
-def line(part: Displaced, nodes: int) -> Memory:
-    """One line of the path as a memory."""
+def one_segment(part: Displaced, nodes: int) -> Memory:
+    """One segment of the path as a memory."""
     return Memory(torch.stack([part.low, part.high]), part.moved[None], nodes)
 
 
@@ -144,10 +154,11 @@ def add_mass(
     total: Tensor, memory: Memory, along: Directional, inputs: Tensor, pairs: Pairs, progress: Progress | None = None
 ) -> Tensor:
     """Add the mass of R inputs, node by node, to `total` (R, G + 1)."""
-    for k, (state, moved) in enumerate(memory.points()):
-        moved = moved.to(along.flat.state)
-        for rows in row_blocks(len(inputs), along.flat):
-            total[rows] += along(state, moved, inputs[rows], pairs[rows]).double().cpu()
-        if progress:
-            progress(k + 1, memory.evaluations)
+    blocks = list(row_blocks(len(inputs), along.flat))
+    for b, rows in enumerate(blocks):
+        carried = along.at(inputs[rows], pairs[rows])
+        for k, (low, high, moved) in enumerate(memory.pieces(), 1):
+            total[rows] += carried(low, high, moved.to(along.flat.state)).double().cpu()
+            if progress:
+                progress(b * memory.evaluations + k, len(blocks) * memory.evaluations)
     return total

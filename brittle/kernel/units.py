@@ -31,7 +31,7 @@ from brittle.subject import Subject
 
 T = TypeVar("T")
 
-BUDGET = 1 << 30
+BUDGET = 2 << 30
 """Bytes for a block of queries, where nothing else is asked for."""
 
 HELD = 5
@@ -69,8 +69,8 @@ def cut(
 
     budget: bytes that a unit may hold. Raises `UsageError` where one query needs more.
     """
-    itemsize, size = next(subject.model.parameters()).element_size(), layout(subject.model)[-1].stop
-    each = HELD * size * itemsize + 8 * len(subject.train)
+    itemsize = next(subject.model.parameters()).element_size()
+    each = bytes_each(layout(subject.model)[-1].stop, itemsize, len(subject.train))
     if each > budget:
         raise UsageError(
             f"--memory-budget must hold one query at least, {each / 2**20:.1f} MB here, found {budget / 2**20:.1f} MB; "
@@ -79,6 +79,11 @@ def cut(
     blocks = -(-queries // (budget // each))
     edges = [queries * k // blocks for k in range(blocks + 1)] if blocks else [0]
     return [Unit(steps, rows) for steps in stretches(path, quadrature) for rows in pairwise(edges)]
+
+
+def bytes_each(size: int, itemsize: int, examples: int) -> int:
+    """What a unit holds of one query. size: P. itemsize: bytes of each of its numbers. examples: N."""
+    return HELD * size * itemsize + 8 * examples
 
 
 def account_unit(

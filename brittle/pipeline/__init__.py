@@ -12,26 +12,30 @@
 
 Each stage's result is kept in the run folder; the same command resumes after the last whole one. `make_map` makes the
 stages up to holes, and the ledger of the first queries: alone, as one of several processes, or as one job of an array.
+`attack` attacks alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from brittle.assemble import Evidence, hole_findings, write_run
 from brittle.findings import Findings
 from brittle.kernel.units import BUDGET
 from brittle.pipeline.accounting import whole_account
+from brittle.pipeline.attacking import Attacked, Wish
+from brittle.pipeline.attacking import attack as run_attacks
 from brittle.pipeline.charting import Charted, chart
 from brittle.pipeline.context import PRESETS, Asked, Context, begin
 from brittle.pipeline.judging import agreement, suggestions
 from brittle.pipeline.mapping import holes, memory, memory_fidelity, shift
-from brittle.pipeline.observing import attacks, flips, probes
+from brittle.pipeline.observing import attacks, flips, health, probes
+from brittle.records import Norm
 from brittle.shares import Share
 from brittle.subject import Subject
 
-__all__ = ["PRESETS", "audit", "make_map"]
+__all__ = ["PRESETS", "attack", "audit", "make_map"]
 
 
 def audit(
@@ -95,6 +99,40 @@ def make_map(
         return chart(c)
 
 
+def attack(
+    subject: Subject,
+    out: Path | str,
+    *,
+    norms: Sequence[Norm] | None = None,
+    epsilon: float | None = None,
+    attacks: Sequence[str] | None = None,
+    cap: int | None = None,
+    queries: int = 200,
+    seed: int = 0,
+    device: str = "cpu",
+    preset: str = "quick",
+    spec: str | None = None,
+    options: Mapping[str, str] | None = None,
+    progress: bool = True,
+    memory_budget: int = BUDGET,
+    deterministic: bool = False,
+) -> Attacked:
+    """Attack the sealed queries alone; without norms, epsilon, attacks and cap as `audit` does, which goes on from it.
+
+    Args:
+        norms: l0, l1, l2, linf; the audit's where left out.
+        epsilon: budget of the attacks within a distance.
+        attacks: names, as in `brittle.attacks.plan.SUITE`; those of the preset where left out.
+        cap: evaluations that one attack may spend on an input.
+
+    The other arguments and errors are those of `audit`.
+    """
+    asked = Asked(queries, seed, device, preset, spec, options or {}, progress, memory_budget, deterministic)
+    wish = Wish(tuple(norms) if norms else None, epsilon, tuple(attacks) if attacks else None, cap)
+    with begin(subject, out, asked) as c:
+        return run_attacks(c, wish)
+
+
 def _run(c: Context, spec: str | None) -> Findings:
     """The stages, each from what the earlier ones found."""
     built = memory(c)
@@ -103,6 +141,7 @@ def _run(c: Context, spec: str | None) -> Findings:
     observed = probes(c)
     regions = holes(c, moved, observed)
     attacked = attacks(c, built)
+    believed = health(c, attacked)
     flipped = flips(c, observed, attacked)
     accounted = whole_account(c, flipped)
     contests, agreed = agreement(c, built, moved, observed, attacked)
@@ -118,6 +157,7 @@ def _run(c: Context, spec: str | None) -> Findings:
         observed=observed,
         holes=regions,
         attacked=attacked,
+        health=believed,
         flips=flipped,
         account=accounted,
         contests=contests,

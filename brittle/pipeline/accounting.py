@@ -22,8 +22,6 @@ from brittle.records import Ledger, Pairs, Progress
 from brittle.settings import digest
 from brittle.stages import Spend
 
-TITLE = "balancing the ledger"
-
 PAUSE = 0.5
 """Seconds between two looks at what other processes do."""
 
@@ -31,13 +29,14 @@ PAUSE = 0.5
 def first_account(c: Context) -> Accounting:
     """The account of the predicting queries, to be made."""
     predict = c.split.predict
-    return Accounting(c, "ledger", predict.ids, predict.inputs, predict.pairs)
+    return Accounting(c, "ledger", "balancing the ledger", predict.ids, predict.inputs, predict.pairs)
 
 
 def whole_account(c: Context, flips: Flips) -> accounts.Account:
     """The account of the predicting queries, then of every flip before and after."""
     ids, pairs = torch.cat([c.split.sealed.ids[flips.rows]] * 2), Pairs.join(flips.pairs, flips.pairs)
-    flipped = Accounting(c, "ledger/flips", ids, torch.cat([flips.before, flips.after]), pairs)
+    inputs = torch.cat([flips.before, flips.after])
+    flipped = Accounting(c, "ledger/flips", "balancing the ledger of flips", ids, inputs, pairs)
     first = first_account(c).made()
     if not len(flips.rows):
         return first
@@ -59,6 +58,7 @@ class Accounting:
 
     c: Context
     stage: str
+    title: str
     ids: Tensor  # shape: (M,)
     inputs: Tensor  # shape: (M, *input)
     pairs: Pairs
@@ -78,7 +78,7 @@ class Accounting:
         c = self.c
         if self.merged():
             return True
-        with c.stages.bar(TITLE) as tick:
+        with c.stages.bar(self.title) as tick:
             for k in c.share.order(len(self.units)):
                 self._do(self.units[k], tick)
         while (missing := self.missing()) and c.share.leads and not c.share.lone:
@@ -93,7 +93,7 @@ class Accounting:
     def made(self) -> accounts.Account:
         """The account: what is missing of its units is done, they are added up, and go away."""
         self.finish()
-        found = self.c.stages(self.stage, TITLE, self._total)
+        found = self.c.stages(self.stage, self.title, self._total)
         self.c.stages.run.drop(f"{self.stage}/units")
         return found
 
@@ -126,7 +126,7 @@ class Accounting:
 
         with c.stages.run.claim(self._name(unit), wait=False) as ours:
             if ours and not self._there(unit) and not self.merged():
-                c.stages.keep(self._name(unit), TITLE, compute)
+                c.stages.keep(self._name(unit), self.title, compute)
                 self._whole.add(unit)
         tick(self.done(), self.length)
 

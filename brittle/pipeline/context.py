@@ -14,9 +14,10 @@ from brittle import accounts
 from brittle.agreement.contests import Contest
 from brittle.deterministic import deterministic
 from brittle.errors import UsageError
+from brittle.kernel.halved import Halved
 from brittle.kernel.memory import Memory
 from brittle.kernel.units import Part
-from brittle.mass import cluster_groups
+from brittle.mass import groups_of
 from brittle.outcomes import Observed
 from brittle.path.replay import Path
 from brittle.probes import Family, families_for
@@ -31,7 +32,7 @@ from brittle.subject import Subject
 
 RECORDS = {
     record.__name__: record
-    for record in (accounts.Account, AttackRows, Contest, Ledger, Memory, Observed, Pairs, Part, ShiftMap)
+    for record in (accounts.Account, AttackRows, Contest, Halved, Ledger, Memory, Observed, Pairs, Part, ShiftMap)
 }
 NORMS: tuple[Norm, ...] = ("l2", "linf")
 
@@ -40,17 +41,19 @@ NORMS: tuple[Norm, ...] = ("l2", "linf")
 class Effort:
     """How much work a preset does."""
 
-    segments: int  # of the group memory
-    nodes: int  # midpoints in each
+    segments: int  # of the group memory, at most
+    nodes: int  # midpoints in each, at most
+    tolerance: float  # of the shift's error, by which both are chosen
+    half: bool  # keep the memory in half precision
     clusters: int  # groups of training examples in each class
     route: int  # segments of the memory that the hole-seeking attack differentiates
     retrainings: int  # seeds of the retraining check
 
 
 PRESETS = {
-    "quick": Effort(segments=40, nodes=2, clusters=3, route=4, retrainings=5),
-    "standard": Effort(segments=80, nodes=2, clusters=3, route=8, retrainings=10),
-    "thorough": Effort(segments=160, nodes=4, clusters=5, route=8, retrainings=20),
+    "quick": Effort(segments=40, nodes=2, tolerance=0.3, half=False, clusters=3, route=4, retrainings=5),
+    "standard": Effort(segments=80, nodes=2, tolerance=0.2, half=False, clusters=3, route=8, retrainings=10),
+    "thorough": Effort(segments=160, nodes=2, tolerance=0.1, half=True, clusters=5, route=8, retrainings=20),
 }
 
 
@@ -73,6 +76,10 @@ class Context:
     @property
     def effort(self) -> Effort:
         return PRESETS[self.preset]
+
+    def sample(self, stage: str) -> accounts.Sample:
+        """Queries and families on which a stage measures the memory."""
+        return accounts.Sample.of(self.split.both, self.families, self.draws, self.stages.generator(stage))
 
     def sealed_draws(self) -> dict[str, Tensor]:
         return {name: draw[len(self.split.predict) :] for name, draw in self.draws.items()}
@@ -125,6 +132,6 @@ def prepare(subject: Subject, stages: Stages, asked: Asked, share: Share) -> Con
     split = split_test(subject, asked.queries, stages.generator("split"))
     families = families_for(subject, stages.generator("families"))
     draws = draw_probes(split.both, families, stages.generator("draws"))
-    groups = cluster_groups(subject, PRESETS[asked.preset].clusters)
+    groups = groups_of(subject, PRESETS[asked.preset].clusters)
     shared = (asked.device, asked.preset, asked.memory_budget, share)
     return Context(subject, stages, path, split, families, draws, groups, *shared)

@@ -11,6 +11,8 @@ from brittle.agreement import calibrate
 from brittle.assemble import hole_families
 from brittle.findings import MemoryFidelity
 from brittle.holes import Region, find_holes, leak_of
+from brittle.kernel.choice import Fineness
+from brittle.kernel.halved import Halved, halved
 from brittle.kernel.memory import Memory, mass
 from brittle.outcomes import Observed
 from brittle.pipeline.context import Context
@@ -20,25 +22,27 @@ from brittle.stages import Spend
 
 
 def memory(c: Context) -> Memory:
-    e = c.effort
+    e, sample = c.effort, c.sample("memory")
 
-    def compute(tick: Progress, spend: Spend) -> Memory:
+    def compute(tick: Progress, spend: Spend) -> Memory | Halved:
         spend(c.path.visits if c.path else len(c.subject.train))
-        return accounts.build_memory(c.subject, c.path, c.groups, e.segments, e.nodes, c.device, tick)
+        most = Fineness(e.segments, e.nodes)
+        built = accounts.build_memory(c.subject, c.path, c.groups, sample, e.tolerance, most, c.device, tick, spend)
+        return halved(built, c.subject, sample.queries.inputs, sample.queries.pairs, c.device) if e.half else built
 
-    return c.stages("memory", "building the group memory", compute)
+    kept = c.stages("memory", "building the group memory", compute)
+    return kept.whole() if isinstance(kept, Halved) else kept
 
 
 def memory_fidelity(c: Context, memory: Memory) -> MemoryFidelity | None:
-    path = c.path
+    path, sample = c.path, c.sample("fidelity")
     if path is None:
         return None
-    generator = c.stages.generator("fidelity")
 
     def compute(tick: Progress, spend: Spend) -> dict[str, Any]:
         spend(path.visits)
         return accounts.memory_fidelity(
-            c.subject, path, memory, c.groups, c.split.both, c.families, c.draws, generator, c.device, tick, spend
+            c.subject, path, memory, c.groups, sample, c.effort.tolerance, c.device, tick, spend
         ).model_dump()
 
     found = c.stages("memory/fidelity", "checking the memory against a finer account", compute)
