@@ -116,8 +116,7 @@ def test_mass_equals_the_grouped_contributions_of_the_sweep(case: str, tmp_path:
 def test_mass_over_segments_equals_the_sweep_over_the_same_segments(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("brittle.kernel.sweep.SEGMENTS", 3)
-    monkeypatch.setattr("brittle.kernel.sweep.EARLY", ())
+    monkeypatch.setattr("brittle.kernel.sweep.segment_cuts", lambda steps, segment: [0, 4, 8, 12])
     training = train("tanh", recipe, tmp_path)
     memory = build(training.path, training.subject, single_examples(training.subject), segments=3, nodes=NODES)
     assert torch.allclose(masses(training, memory)[:, :-1], contributions(training, segment=4), atol=1e-9)

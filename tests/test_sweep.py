@@ -83,14 +83,16 @@ def test_adam_gives_no_credit_where_a_normalized_batch_has_no_gradient(case: str
 @pytest.fixture
 def long_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments as long as they are asked for, in short paths as well."""
-    monkeypatch.setattr("brittle.kernel.sweep.SEGMENTS", 1)
-    monkeypatch.setattr("brittle.kernel.sweep.EARLY", ())
+    monkeypatch.setattr("brittle.kernel.sweep.segment_cuts", even_cuts)
+
+
+def even_cuts(steps: int, segment: int) -> list[int]:
+    return sorted({0, *range(steps, 0, -segment)})
 
 
 def test_a_path_is_cut_into_segments_that_are_short_where_it_begins_and_many_where_it_is_short() -> None:
-    assert segment_cuts(800, 8) == [0, 1, 2, 4, *range(8, 801, 8)]
-    assert segment_cuts(803, 8)[:6] == [0, 1, 2, 3, 4, 11]
-    assert segment_cuts(60, 8) == [0, 1, 2, 4, *range(5, 61, 5)]
+    assert segment_cuts(803, 8) == [0, 1, 2, 3, 4, 6, 9, 13, *range(19, 803, 8), 803]
+    assert segment_cuts(60, 8) == [0, 1, 2, 3, 4, 6, 9, 13, *range(18, 59, 5), 60]
     assert segment_cuts(12, 8) == list(range(13))
     assert segment_cuts(800, 1) == list(range(801))
     assert segment_cuts(1, 8) == [0, 1]
@@ -104,8 +106,7 @@ def test_a_path_is_cut_into_segments_that_are_short_where_it_begins_and_many_whe
 @pytest.mark.parametrize("segment", [2, 5, 100])
 def test_segments_of_several_steps_share_one_gradient(segment: int, tmp_path: Path) -> None:
     training = train("cnn", "nesterov l2", tmp_path)
-    cuts = segment_cuts(STEPS, segment)
-    assert cuts == sorted({0, *range(STEPS, 0, -segment)})
+    cuts = even_cuts(STEPS, segment)
     assert_equal(swept(training, fixed(2, segment)).ledger, slow(training, 2, cuts))
 
 
@@ -370,7 +371,7 @@ def test_low_rank_is_the_same_account(case: str, recipe: str, tmp_path: Path, mo
     )
     found = swept(training, fixed(segment=4)).ledger
     assert layouts[-1].low
-    assert_equal(found, slow(training, cuts=segment_cuts(STEPS, 4)))
+    assert_equal(found, slow(training, cuts=even_cuts(STEPS, 4)))
     assert_balanced(found)
 
 
@@ -392,7 +393,7 @@ def test_low_rank_becomes_a_matrix_where_it_must(dear: bool, tmp_path: Path, mon
     monkeypatch.setattr(Credit, "back", watched)
     found = swept(training, fixed(segment=4)).ledger
     assert plain_before[-1]
-    assert_equal(found, slow(training, cuts=segment_cuts(STEPS, 4)))
+    assert_equal(found, slow(training, cuts=even_cuts(STEPS, 4)))
 
 
 @pytest.mark.parametrize("tolerance", [0.5, 0.1, 1e-3])

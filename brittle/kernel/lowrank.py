@@ -5,9 +5,9 @@ what momentum carries of several of those. With the gradient g a^T of a training
 
     < X_i, g a^T > = sum_k <g_ik, g> <a_ik, a>,
 
-K (p + d) multiplications in place of p d. `shortened` keeps K small: with X X^T = U L U^T (p x p),
+K (p + d) multiplications in place of p d. `shortened` keeps K small: with X = G^T A, G^T = Q R and
 
-    X = sum_r u_r (X^T u_r)^T,
+    X X^T = Q (R A A^T R^T) Q^T = U L U^T,              X = sum_r u_r (X^T u_r)^T,
 
 and to leave out the smallest eigenvalues is the best approximation of that rank (Eckart and Young 1936, "The
 approximation of one matrix by another of lower rank", Psychometrika 1).
@@ -65,15 +65,15 @@ class LowRank:
     def shortened(self, tolerance: float) -> LowRank:
         """The same in as few terms as leave out at most `tolerance` of each matrix's Frobenius norm."""
         gram = torch.bmm(self.a, self.a.transpose(1, 2)).double()  # shape: (M, K, K)
-        g = self.g.double()
-        values, vectors = torch.linalg.eigh(g.transpose(1, 2) @ gram @ g)  # ascending; shapes: (M, p), (M, p, p)
+        q, r = torch.linalg.qr(self.g.double().transpose(1, 2))  # shapes: (M, p, R), (M, R, K)
+        values, vectors = torch.linalg.eigh(r @ gram @ r.transpose(1, 2))  # ascending; shapes: (M, R), (M, R, R)
         values = values.clamp_min(0)
         left_out = values.cumsum(1) <= tolerance**2 * values.sum(1, keepdim=True)
         rank = max(1, values.shape[1] - int(left_out.sum(1).min()))
         if rank >= self.rank:
             return self
-        u = vectors[:, :, -rank:].transpose(1, 2)  # shape: (M, rank, p)
-        return LowRank(u.to(self.g), torch.bmm((u @ g.transpose(1, 2)).to(self.a), self.a))
+        kept = vectors[:, :, -rank:].transpose(1, 2)  # shape: (M, rank, R)
+        return LowRank((kept @ q.transpose(1, 2)).to(self.g), torch.bmm((kept @ r).to(self.a), self.a))
 
 
 def added(parts: Sequence[LowRank]) -> LowRank:

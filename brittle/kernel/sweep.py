@@ -51,8 +51,8 @@ from brittle.subject import Subject
 SEGMENTS = 12
 """Segments that even a short path is cut into."""
 
-EARLY = (1, 2, 4)
-"""Steps after which the path is cut besides: the first steps of adaptive optimizers are the largest."""
+GROWTH = 1.5
+"""How far, at most, a segment leads from a step s: to s * GROWTH. A network changes most in its first steps."""
 
 
 TAIL = 1e-9
@@ -155,9 +155,10 @@ def path_cuts(path: Path, quadrature: Quadrature) -> list[int]:
 
 def segment_cuts(steps: int, segment: int) -> list[int]:
     """The steps between which segments lie, 0 and the last included."""
-    size = min(segment, max(1, steps // SEGMENTS))
-    early = [step for step in EARLY if step < steps and size > 1]
-    return sorted({0, *early, *range(steps, 0, -size)})
+    size, cuts = min(segment, max(1, steps // SEGMENTS)), [0]
+    while cuts[-1] < steps:
+        cuts.append(min(steps, cuts[-1] + size, max(cuts[-1] + 1, int(cuts[-1] * GROWTH))))
+    return cuts
 
 
 def _warm_from(path: Path, stop: int) -> int:
