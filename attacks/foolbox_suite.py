@@ -25,16 +25,16 @@ LINE_SEARCH = 6
 """Halvings at the end."""
 
 RIVALS = 5
-"""Classes among which DDN's second half looks for the nearest."""
+"""Classes among which DDN's last third looks for the nearest."""
 
 SHARP = 20.0
-"""Logits that the clean margin counts for in the second half."""
+"""Logits that the clean margin counts for in the last third."""
 
 
 def ddn(problem: Problem, *, generator: torch.Generator, steps: int = 100) -> AttackRows:
     """Decoupled direction and norm, a minimal-norm attack in L2.
 
-    The first half of the steps climbs the cross entropy; the second goes for the rival that is nearest to first order
+    Two thirds of the steps climb the cross entropy; the last third goes for the rival that is nearest to first order
     (or the target), with logits so large that its cross entropy looks at one rival at a time: by the first alone
     linear models of five classes came out up to 16 % too far. The gap to the input is halved at the end, since the
     last steps are a hundredth of the bounds' width. Cost: at most 1 + 5 + `steps` + 8 evaluations an input.
@@ -43,9 +43,9 @@ def ddn(problem: Problem, *, generator: torch.Generator, steps: int = 100) -> At
     with search:
         clean = search.look(problem.inputs)
         bearing = take_bearing(search, Guide.margin(problem), clean, RIVALS, generator)
-        _ask(search, attack(steps=steps - steps // 2), generator)
+        _ask(search, attack(steps=steps - steps // 3), generator)
         sharpness = SHARP / problem.margin(clean).abs().clamp_min(torch.finfo(clean.dtype).tiny)
-        _ask(search, attack(steps=steps // 2), generator, bearing.rivals[:, 0], sharpness[:, None])
+        _ask(search, attack(steps=steps // 3), generator, bearing.rivals[:, 0], sharpness[:, None])
         search.pull_in(LINE_SEARCH)
     return search.rows("DDN", "minimal")
 
