@@ -51,9 +51,9 @@ class Effort:
 
 
 PRESETS = {
-    "quick": Effort(segments=40, nodes=2, tolerance=0.3, half=False, clusters=3, route=4, retrainings=5),
-    "standard": Effort(segments=80, nodes=2, tolerance=0.2, half=False, clusters=3, route=8, retrainings=10),
-    "thorough": Effort(segments=160, nodes=2, tolerance=0.1, half=True, clusters=5, route=8, retrainings=20),
+    "quick": Effort(segments=40, nodes=2, tolerance=0.2, half=False, clusters=3, route=4, retrainings=5),
+    "standard": Effort(segments=80, nodes=2, tolerance=0.1, half=False, clusters=3, route=8, retrainings=10),
+    "thorough": Effort(segments=160, nodes=2, tolerance=0.05, half=True, clusters=5, route=8, retrainings=20),
 }
 
 
