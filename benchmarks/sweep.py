@@ -16,6 +16,7 @@ Fashion-MNIST lies in torchvision's layout under BRITTLE_DATA.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from torch import Tensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from brittle.examples.fashion_mnist import make, network
+from brittle.examples.fashion_mnist import ROOT, make, network
 from brittle.kernel.sweep import Quadrature, Swept, sweep
 from brittle.path.store import PathReader
 from brittle.records import Pairs
@@ -63,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m benchmarks.sweep", description=str(__doc__).splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small version, in seconds")
     size = QUICK if parser.parse_args(arguments).quick else Size()
+    if not os.environ.get(ROOT):
+        print(f"{ROOT} must name the folder that holds FashionMNIST/; set it, nothing is fetched", file=sys.stderr)
+        return 2
     with TemporaryDirectory() as folder:
         found = run(size, Path(folder))
     print(table(found))
