@@ -22,6 +22,7 @@ from brittle.doctor.speed import NEIGHBOURS, Speed
 from brittle.flips import BY_ATTACK, BY_PROBE
 from brittle.kernel.sweep import Quadrature
 from brittle.kernel.units import BUDGET, bytes_each
+from brittle.mass import labelled_groups
 from brittle.outcomes import LEVELS
 from brittle.path.checkpoints import Checkpoints
 from brittle.path.flat import layout
@@ -136,7 +137,7 @@ class Demand:
     def seconds(self, speed: Speed) -> dict[str, float]:
         """By stage."""
         stages = {
-            "memory": self._walk(speed, self.groups, PASSES["advance"]),
+            "memory": self._walk(speed, self.groups, PASSES["advance"]) + self._choice(speed),
             "its check": self._check(speed),
             "shift": 2 * self.queries * (1 + self.families * len(MAP_SHARES)) * self.evaluations * speed.gradient,
             "probes": 2 * self.queries * self.families * len(LEVELS) * speed.forward,
@@ -160,9 +161,15 @@ class Demand:
     def _check(self, speed: Speed) -> float:
         if not self.known.steps:
             return 0.0
+        return self._walk(speed, self.groups, PASSES["advance"]) + self._choice(speed)
+
+    def _choice(self, speed: Speed) -> float:
+        """A sample of probes at the finer account's nodes, and at those of a memory as large as may be."""
+        if not self.known.steps:
+            return 0.0
         inputs = SAMPLE_QUERIES * (1 + min(SAMPLE_FAMILIES, self.families) * len(MAP_SHARES))
         passes = self.evaluations + min(self.known.steps, FINE_SEGMENTS) * FINE_NODES
-        return self._walk(speed, self.groups, PASSES["advance"]) + inputs * passes * speed.gradient
+        return inputs * passes * speed.gradient
 
     def _attacks(self, speed: Speed) -> float:
         asked = 2 * min(candidates(self.preset), self.classes - 1) * min(self.effort.route, self.segments)
@@ -212,7 +219,7 @@ def demand_of(v: Visit) -> Demand:
         itemsize=s.train.inputs.element_size(),
         pixels=s.train.inputs[0].numel(),
         classes=s.classes,
-        groups=int(clusters.sum()),
+        groups=int(clusters.sum()) if s.groups is None else len(labelled_groups(s, s.groups)),
         families=len(families),
         train=len(s.train),
         test=len(s.test),
