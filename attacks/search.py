@@ -156,14 +156,18 @@ class Search:
 
     def _see(self, points: Tensor, logits: Tensor, rows: Rows) -> None:
         problem = self.problem[rows]
+        fooled = problem.fooled(logits)
+        if not fooled.any():
+            return
         far = size(points - problem.inputs, problem.norm)
         cost = far if self._keep == "nearest" else problem.margin(logits)
-        better = problem.fooled(logits) & (cost < self.best[rows])
+        better = fooled & (cost < self.best[rows])
         if self._epsilon is not None:
             better = better & (far <= self._epsilon * (1 + ROUNDING))
-        self.inputs[rows] = torch.where(spread(better, points), points, self.inputs[rows])
-        self.classes[rows] = torch.where(better, logits.argmax(1), self.classes[rows])
-        self.best[rows] = torch.where(better, cost, self.best[rows])
+        ours = torch.arange(len(self.best), device=better.device)[rows][better]
+        self.inputs[ours] = points[better]
+        self.classes[ours] = logits[better].argmax(1)
+        self.best[ours] = cost[better]
         if problem.enough is not None:
             self._done[rows] |= better & (far <= problem.enough)
 
