@@ -14,9 +14,10 @@ For M left rows with T positions and B right rows with U these take, in multipli
 
 and write M B T U (two times), M p d + M B U min(p, d) and (M + B) p d numbers on the way. One number written and read
 takes as long as `PER_NUMBER` multiplications. Without positions (T = U = 1) gram wins, for most convolutions rows: of
-the multiplications alone, gram against rows is T U (p + d) < p d (1 + T / B + U / M), the rule of Goodfellow 2015
-("Efficient per-example gradient computations", arXiv 1510.01799) carried over to pairs. Whatever is no linear
-layer or convolution, and tensors that were used several times, are formed by `layers` as they are.
+the multiplications alone, gram against rows is T U (p + d) < p d (1 + T / B + U / M). Gram of a row with itself is the
+norm of Goodfellow 2015 ("Efficient per-example gradient computations", arXiv 1510.01799), and the choice that of Bu,
+Mao, Xu 2022 (arXiv 2205.10683), here for pairs. Whatever is no linear layer or convolution, and tensors that were used
+several times, are formed by `layers` as they are.
 """
 
 from __future__ import annotations
