@@ -94,6 +94,11 @@ def audits(command: Command) -> Command:
             metavar="SIZE",
             help="For the queries that are accounted for at once, such as 500M or 4G.  [default: 2G]",
         ),
+        click.option(
+            "--tolerance",
+            type=click.FloatRange(0, 1, min_open=True, max_open=True),
+            help="Relative error of a shift that the map may have.  [default: the preset's]",
+        ),
         click.option("--deterministic", is_flag=True, help="The same bits every time; one thread a process."),
         looks,
     )

@@ -101,6 +101,8 @@ def test_audit_passes_everything_on(spec: str, pipeline: SimpleNamespace, tmp_pa
         "--memory-budget",
         "1.5g",
         "--deterministic",
+        "--tolerance",
+        "0.1",
         "-p",
         "n=12",
     ]
@@ -117,6 +119,7 @@ def test_audit_passes_everything_on(spec: str, pipeline: SimpleNamespace, tmp_pa
         "progress": False,
         "memory_budget": 1_610_612_736,
         "deterministic": True,
+        "tolerance": 0.1,
     }
     assert quiet
     assert "BRITTLE_NO_PROGRESS" not in os.environ

@@ -32,7 +32,7 @@ from brittle.path.flat import layout
 from brittle.path.store import PathReader
 from brittle.pipeline import make_map
 from brittle.pipeline.accounting import PAUSE, Accounting, first_account
-from brittle.pipeline.context import Asked, begin
+from brittle.pipeline.context import PRESETS, Asked, begin
 from brittle.records import Ledger
 from brittle.runs import RunFolder, read_run
 from brittle.shares import Share, share_of
@@ -553,3 +553,14 @@ def kill_second_rank(agent: int, claims: Path) -> bool:
                 return True
         time.sleep(0.02)
     return False
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1.0, -0.1])
+def test_a_tolerance_that_is_none_is_refused(small: Subject, tolerance: float, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="tolerance must be between 0 and 1, found"):
+        make_map(small, tmp_path / "run", tolerance=tolerance)
+
+
+def test_another_tolerance_is_another_audit() -> None:
+    assert asked(1).effort == PRESETS["quick"]
+    assert asked(1, tolerance=0.07).effort.tolerance == 0.07

@@ -51,6 +51,7 @@ def audit(
     progress: bool = True,
     memory_budget: int = BUDGET,
     deterministic: bool = False,
+    tolerance: float | None = None,
 ) -> Findings:
     """Audit a classifier and write the run folder `out`; the same call resumes an interrupted one.
 
@@ -63,6 +64,7 @@ def audit(
         progress: draw progress bars.
         memory_budget: bytes for the queries that are accounted for at once.
         deterministic: the same bits every time, in one thread.
+        tolerance: relative error that a shift in the map may have; the preset's by default.
 
     Returns:
         The findings, as in findings.json.
@@ -70,7 +72,7 @@ def audit(
     Raises:
         BrittleError: one of its kinds, with the rule, the value found and the remedy.
     """
-    asked = Asked(queries, seed, device, preset, spec, options or {}, progress, memory_budget, deterministic)
+    asked = Asked(queries, seed, device, preset, spec, options or {}, progress, memory_budget, deterministic, tolerance)
     with begin(subject, out, asked) as c:
         return _run(c, spec)
 
@@ -89,12 +91,13 @@ def make_map(
     progress: bool = True,
     memory_budget: int = BUDGET,
     deterministic: bool = False,
+    tolerance: float | None = None,
 ) -> Charted:
     """Make the map alone: memory, shift, holes, and the account of the predicting queries; `audit` goes on from there.
 
     Arguments and errors are those of `audit`. share: of the work, where several processes make the map together.
     """
-    asked = Asked(queries, seed, device, preset, spec, options or {}, progress, memory_budget, deterministic)
+    asked = Asked(queries, seed, device, preset, spec, options or {}, progress, memory_budget, deterministic, tolerance)
     with begin(subject, out, asked, share) as c:
         return chart(c)
 
@@ -116,6 +119,7 @@ def attack(
     progress: bool = True,
     memory_budget: int = BUDGET,
     deterministic: bool = False,
+    tolerance: float | None = None,
 ) -> Attacked:
     """Attack the sealed queries alone; without norms, epsilon, attacks and cap as `audit` does, which goes on from it.
 
@@ -127,7 +131,7 @@ def attack(
 
     The other arguments and errors are those of `audit`.
     """
-    asked = Asked(queries, seed, device, preset, spec, options or {}, progress, memory_budget, deterministic)
+    asked = Asked(queries, seed, device, preset, spec, options or {}, progress, memory_budget, deterministic, tolerance)
     wish = Wish(tuple(norms) if norms else None, epsilon, tuple(attacks) if attacks else None, cap)
     with begin(subject, out, asked) as c:
         return run_attacks(c, wish)

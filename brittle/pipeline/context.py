@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -70,12 +70,9 @@ class Context:
     groups: Groups
     device: str
     preset: str
+    effort: Effort
     budget: int  # bytes for a block of queries
     share: Share  # of the work, where several processes do it
-
-    @property
-    def effort(self) -> Effort:
-        return PRESETS[self.preset]
 
     def sample(self, stage: str) -> accounts.Sample:
         """Queries and families on which a stage measures the memory."""
@@ -98,6 +95,13 @@ class Asked:
     progress: bool
     memory_budget: int
     deterministic: bool
+    tolerance: float | None = None
+
+    @property
+    def effort(self) -> Effort:
+        """The preset's, with the shift's error that is asked for."""
+        preset = PRESETS[self.preset]
+        return preset if self.tolerance is None else replace(preset, tolerance=self.tolerance)
 
     def settings(self, subject: Subject) -> dict[str, Any]:
         """What the result depends on."""
@@ -107,7 +111,7 @@ class Asked:
             "queries": self.queries,
             "seed": self.seed,
             "device": self.device,
-            "effort": {"preset": self.preset, **asdict(PRESETS[self.preset])},
+            "effort": {"preset": self.preset, **asdict(self.effort)},
             "deterministic": self.deterministic,
             "path": str(subject.path) if subject.path else None,
             "fingerprints": fingerprints(subject),
@@ -119,6 +123,8 @@ def begin(subject: Subject, out: FilePath | str, asked: Asked, share: Share | No
     """Hold the run folder, and prepare what all stages share. share: of the work, with others in the same folder."""
     if asked.preset not in PRESETS:
         raise UsageError(f"preset must be one of {', '.join(PRESETS)}, found {asked.preset!r}")
+    if not (asked.tolerance is None or 0 < asked.tolerance < 1):
+        raise UsageError(f"tolerance must be between 0 and 1, found {asked.tolerance}; pass .1 for a tenth of a shift")
     settings = asked.settings(subject)
     with open_run(out, settings, shared=share is not None) as run, deterministic(asked.deterministic):
         share = share or Share()
@@ -132,6 +138,6 @@ def prepare(subject: Subject, stages: Stages, asked: Asked, share: Share) -> Con
     split = split_test(subject, asked.queries, stages.generator("split"))
     families = families_for(subject, stages.generator("families"))
     draws = draw_probes(split.both, families, stages.generator("draws"))
-    groups = groups_of(subject, PRESETS[asked.preset].clusters)
-    shared = (asked.device, asked.preset, asked.memory_budget, share)
+    groups = groups_of(subject, asked.effort.clusters)
+    shared = (asked.device, asked.preset, asked.effort, asked.memory_budget, share)
     return Context(subject, stages, path, split, families, draws, groups, *shared)

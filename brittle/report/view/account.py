@@ -5,7 +5,7 @@ start + examples + decay + buffers + unexplained + residual = output
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -113,4 +113,13 @@ def _memory(memory: MemoryFidelity) -> tuple[tuple[str, str], ...]:
         ("Segments", number(memory.segments)),
         ("Gradient passes an input", number(memory.nodes)),
         ("Probes compared", number(memory.sample)),
+        *_tolerance(memory),
     )
+
+
+def _tolerance(memory: MemoryFidelity) -> Iterator[tuple[str, str]]:
+    """What was asked of the memory, and what half precision costs it."""
+    if memory.tolerance is not None:
+        yield "Error of shifts asked for", f"{percent(memory.tolerance)}, {'met' if memory.met else 'not met'}"
+    if memory.rounding is not None:
+        yield "Error of half precision", percent(memory.rounding, 2)
