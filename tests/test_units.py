@@ -531,10 +531,10 @@ def test_a_killed_rank_is_replaced_and_the_result_is_the_same(
     assert main(["map", *options, "--out", str(tmp_path / "one")]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
     command += ["--standalone", "-m", "brittle", "map", *options, "--out", str(tmp_path / "two")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as agent:
-        killed = kill_second_rank(agent.pid, tmp_path / "two" / ".claims")
-        out, err = agent.communicate(timeout=300)
-    assert agent.returncode == 0, err
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
+        killed = kill_second_rank(launcher.pid, tmp_path / "two" / ".claims")
+        out, err = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0, err
     assert killed
     assert out.count("queries over 45 training examples are mapped") == 1
     assert "SIGKILL" in err or "exitcode: -9" in err or "-9" in err
@@ -543,11 +543,11 @@ def test_a_killed_rank_is_replaced_and_the_result_is_the_same(
         assert all(torch.equal(array, theirs[key]) for key, array in ours.items()), name
 
 
-def kill_second_rank(agent: int, claims: Path) -> bool:
+def kill_second_rank(launcher: int, claims: Path) -> bool:
     """Kill it as soon as a process of its own has claimed a unit."""
     for _ in range(3000):
         at_work = {claim.read_text() for claim in claims.glob("ledger-units-*")}
-        for child in at_work & set(Path(f"/proc/{agent}/task/{agent}/children").read_text().split()):
+        for child in at_work & set(Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()):
             if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes():
                 os.kill(int(child), signal.SIGKILL)
                 return True

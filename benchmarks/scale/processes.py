@@ -29,32 +29,32 @@ def run(counts: Sequence[int], size: int, queries: int, budget: int, cache: Path
     began, folders = time.perf_counter(), []
     for count in counts:
         folders.append(cache / f"map-{count}")
-        with start(folders[-1], count, size, queries, budget, cache) as agent:
+        with start(folders[-1], count, size, queries, budget, cache) as launcher:
             pass
-        _report(f"{count} of torchrun", agent.returncode == 0, began)
+        _report(f"{count} of torchrun", launcher.returncode == 0, began)
     equal = all(same(folders[0], folder) for folder in folders[1:])
     print(f"{'equal':<24} {equal}", flush=True)
     killed = cache / "map-killed"
-    with start(killed, 2, size, queries, budget, cache) as agent:
-        hit = kill_one(agent.pid, killed / "ledger" / "units", units(size, queries, budget, cache) // 2)
-    _report("2, one of them killed", hit and agent.returncode == 0, began)
-    survived = hit and agent.returncode == 0 and same(folders[0], killed)
+    with start(killed, 2, size, queries, budget, cache) as launcher:
+        hit = kill_one(launcher.pid, killed / "ledger" / "units", units(size, queries, budget, cache) // 2)
+    _report("2, one of them killed", hit and launcher.returncode == 0, began)
+    survived = hit and launcher.returncode == 0 and same(folders[0], killed)
     print(f"{'survives and is equal':<24} {survived}", flush=True)
     return equal, survived
 
 
 def start(out: Path, count: int, size: int, queries: int, budget: int, cache: Path) -> subprocess.Popen[bytes]:
     """torchrun with some processes that make the map."""
-    agent = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--max-restarts", "3"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--max-restarts", "3"]
     spec = ["benchmarks.scale.problem:make", "-p", f"size={size}", "-p", f"cache={cache}", "--out", str(out)]
     asked = ["--queries", str(queries), "--memory-budget", str(budget), "--deterministic", "--no-progress"]
-    command = [sys.executable, *agent, "-m", "brittle", "map", *spec, *asked]
+    command = [sys.executable, *launcher, "-m", "brittle", "map", *spec, *asked]
     return subprocess.Popen(command, stdout=sys.stderr, stderr=sys.stderr)
 
 
-def kill_one(agent: int, shards: Path, wanted: int) -> bool:
+def kill_one(launcher: int, shards: Path, wanted: int) -> bool:
     """Kill the last of torchrun's processes as soon as so many units are there; whether that came to pass."""
-    while (children := _children(agent)) is not None:
+    while (children := _children(launcher)) is not None:
         if children and len(list(shards.glob("*.safetensors"))) >= wanted:
             os.kill(children[-1], signal.SIGKILL)
             return True
