@@ -17,7 +17,7 @@ from brittle.findings import MemoryFidelity
 from brittle.kernel.choice import Fineness, choose, shift_error
 from brittle.kernel.memory import Memory, fine_mass, mass
 from brittle.kernel.quadrature import outputs_at
-from brittle.kernel.sweep import Quadrature, sweep
+from brittle.kernel.sweep import Swept
 from brittle.kernel.tangent import tangent_contributions, tangent_memory
 from brittle.path.checkpoints import Checkpoints
 from brittle.path.flat import FlatModel
@@ -107,22 +107,18 @@ def build_memory(
     return chosen.memory
 
 
-def account(
-    subject: Subject,
-    path: Path | None,
-    ids: Tensor,
-    inputs: Tensor,
-    pairs: Pairs,
-    device: str,
-    progress: Progress | None,
-) -> Account:
-    """Contributions to the outputs, from the path or from the final weights."""
-    if path is None:
-        found = tangent_contributions(subject, inputs, pairs, device, progress)
-        return Account(ids, pairs.predicted, pairs.rival, found, None, len(inputs) + len(subject.train))
-    swept = sweep(path, subject, inputs, pairs, Quadrature(), device, progress)
+def swept_account(ids: Tensor, pairs: Pairs, swept: Swept) -> Account:
+    """From the ledger of a known path."""
     contributions = swept.ledger.contributions.float()
     return Account(ids, pairs.predicted, pairs.rival, contributions, swept.ledger, swept.evaluations)
+
+
+def tangent_account(
+    subject: Subject, ids: Tensor, inputs: Tensor, pairs: Pairs, device: str, progress: Progress | None
+) -> Account:
+    """From the final weights, where the path is not known."""
+    found = tangent_contributions(subject, inputs, pairs, device, progress)
+    return Account(ids, pairs.predicted, pairs.rival, found, None, len(inputs) + len(subject.train))
 
 
 def memory_fidelity(

@@ -131,9 +131,9 @@ class Accounting:
         tick(self.done(), self.length)
 
     def _total(self, tick: Progress, spend: Spend) -> accounts.Account:
-        c, pairs = self.c, self.pairs
+        c = self.c
         if c.path is None:
-            found = accounts.account(c.subject, None, self.ids, self.inputs, pairs, c.device, tick)
+            found = accounts.tangent_account(c.subject, self.ids, self.inputs, self.pairs, c.device, tick)
             spend(found.evaluations)
             return found
 
@@ -144,9 +144,8 @@ class Accounting:
                 yield part
                 tick(k + 1, len(self.units))
 
-        swept = total(self.units, parts(), len(pairs), len(c.subject.train))
-        contributions = swept.ledger.contributions.float()
-        return accounts.Account(self.ids, pairs.predicted, pairs.rival, contributions, swept.ledger, swept.evaluations)
+        swept = total(self.units, parts(), len(self.pairs), len(c.subject.train))
+        return accounts.swept_account(self.ids, self.pairs, swept)
 
     def _there(self, unit: Unit) -> bool:
         if unit not in self._whole and self.c.stages.run.has(self._name(unit)):
