@@ -17,7 +17,7 @@ from brittle.findings import MemoryFidelity
 from brittle.kernel.choice import Fineness, choose, shift_error
 from brittle.kernel.memory import Memory, fine_mass, mass
 from brittle.kernel.quadrature import outputs_at
-from brittle.kernel.sweep import Swept
+from brittle.kernel.sweep import Quadrature, Swept, sweep
 from brittle.kernel.tangent import tangent_contributions, tangent_memory
 from brittle.path.checkpoints import Checkpoints
 from brittle.path.flat import FlatModel
@@ -105,6 +105,21 @@ def build_memory(
     chosen = choose(path, subject, groups, q.inputs, q.pairs, sample.probes(), tolerance, most, finer, device, progress)
     spend(chosen.evaluations)
     return chosen.memory
+
+
+def account(
+    subject: Subject,
+    path: Path | None,
+    ids: Tensor,
+    inputs: Tensor,
+    pairs: Pairs,
+    device: str,
+    progress: Progress | None,
+) -> Account:
+    """Contributions to the outputs, from the path or from the final weights, in one piece; the audit takes units."""
+    if path is None:
+        return tangent_account(subject, ids, inputs, pairs, device, progress)
+    return swept_account(ids, pairs, sweep(path, subject, inputs, pairs, Quadrature(), device, progress))
 
 
 def swept_account(ids: Tensor, pairs: Pairs, swept: Swept) -> Account:
