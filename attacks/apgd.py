@@ -67,12 +67,17 @@ def auto_pgd(
     """
     search = Search(problem, keep="surest", epsilon=epsilon)
     radius = problem.inputs.new_full((len(problem),), epsilon)
-    noise = torch.randn(problem.inputs.shape, generator=generator).to(problem.inputs)
-    start = problem.inputs + epsilon * steepest(noise, problem.norm)
+    start = random_start(problem, epsilon, generator)
     rows = torch.arange(len(problem), device=radius.device)
     with search:
         climb(problem, search, Climb(loss, steps, early), start, radius, rows, generator)
     return search.rows(f"APGD-{loss.upper()}", "fixed", epsilon)
+
+
+def random_start(problem: Problem, epsilon: float, generator: torch.Generator) -> Tensor:
+    """A random point at distance `epsilon` of each input, not yet drawn into the bounds, (B, *input)."""
+    noise = torch.randn(problem.inputs.shape, generator=generator).to(problem.inputs)
+    return problem.inputs + epsilon * steepest(noise, problem.norm)
 
 
 def climb(

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from brittle.attacks.apgd import Climb, climb
-from brittle.attacks.geometry import spread, steepest
+from brittle.attacks.apgd import Climb, climb, random_start
 from brittle.attacks.problem import Problem
 from brittle.attacks.route import rank_by_logit
 from brittle.attacks.search import Search
@@ -35,7 +34,6 @@ def auto_pgd_targets(
             rows = search.best.isinf().nonzero()[:, 0]
             if not len(rows):
                 break
-            noise = torch.randn(problem.inputs.shape, generator=generator).to(problem.inputs)
-            start = problem.inputs + epsilon * spread(torch.ones_like(radius), noise) * steepest(noise, problem.norm)
+            start = random_start(problem, epsilon, generator)
             climb(problem.aimed(rival), search, Climb("dlr", steps, early=True), start, radius, rows, generator)
     return search.rows("APGD-T", "fixed", epsilon)

@@ -208,8 +208,7 @@ def labels(problem: Problem, rows: Sequence[AttackRows]) -> Check:
     """Successes that are none when the returned tensors are predicted again."""
     wrong, total = 0, 0
     for r in rows:
-        again = _predicted(problem, r.adversarials)
-        truth = problem.labels.cpu() != again if problem.targets is None else problem.targets.cpu() == again
+        truth = _succeeds(problem, r.adversarials)
         wrong, total = wrong + int((r.success.cpu() & ~truth).sum()), total + int(r.success.sum())
     share = wrong / max(total, 1)
     sentence = f"{wrong} of {total} successes are none when their tensors are predicted again"
@@ -222,8 +221,7 @@ def eight_bits(problem: Problem, rows: Sequence[AttackRows]) -> Check:
     low, high = (torch.as_tensor(b) for b in problem.bounds)
     for r in rows:
         levels = ((r.adversarials.cpu() - low.cpu()) / (high - low).cpu() * LEVELS).round() / LEVELS
-        again = _predicted(problem, (low.cpu() + levels * (high - low).cpu()).to(r.adversarials))
-        truth = problem.labels.cpu() != again if problem.targets is None else problem.targets.cpu() == again
+        truth = _succeeds(problem, (low.cpu() + levels * (high - low).cpu()).to(r.adversarials))
         kept, total = kept + int((r.success.cpu() & truth).sum()), total + int(r.success.sum())
     share = kept / max(total, 1)
     sentence = f"{share:.0%} of {total} successes survive rounding to 8 bits"
@@ -247,10 +245,11 @@ def _margin_loss(problem: Problem, logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _predicted(problem: Problem, inputs: Tensor) -> Tensor:
-    """Classes on the CPU, by the mean of the draws."""
+def _succeeds(problem: Problem, inputs: Tensor) -> Tensor:
+    """Whether inputs are successes by the class predicted there, by the mean of the draws; (B,) bool on the CPU."""
     points = inputs.to(problem.inputs)
-    return torch.stack([problem.logits(points) for _ in range(problem.draws)]).mean(0).argmax(1).cpu()
+    found = torch.stack([problem.logits(points) for _ in range(problem.draws)]).mean(0).argmax(1).cpu()
+    return problem.labels.cpu() != found if problem.targets is None else problem.targets.cpu() == found
 
 
 def _graded(value: float, warn: float, fail: float) -> Verdict:

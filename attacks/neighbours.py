@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from brittle.attacks.descent import Descent, descend
-from brittle.attacks.geometry import size, spread
+from brittle.attacks.geometry import size
 from brittle.attacks.problem import Problem
 from brittle.attacks.search import Search
 from brittle.records import AttackRows
@@ -86,9 +86,4 @@ def _along(search: Search, ends: Tensor) -> None:
     if not len(rows):
         return
     reached = part.fooled(search.look(ends, rows))
-    rows, part, ends = rows[reached], part[reached], ends[reached]
-    low, high = ends.new_zeros(len(rows)), ends.new_ones(len(rows))
-    for _ in range(HALVINGS if len(rows) else 0):
-        half = (low + high) / 2
-        fooled = part.fooled(search.look(part.inputs + spread(half, ends) * (ends - part.inputs), rows))
-        low, high = torch.where(fooled, low, half), torch.where(fooled, half, high)
+    search.halve(rows[reached], ends[reached], HALVINGS)

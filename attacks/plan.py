@@ -91,31 +91,29 @@ def _targets(s: Setting, steps: int) -> Attack:
     )
 
 
+def _minimal(attack: Callable[..., AttackRows]) -> Made:
+    return lambda s, steps: partial(attack, generator=s.generator, steps=steps)
+
+
 def _within(attack: Callable[..., AttackRows]) -> Made:
     return lambda s, steps: partial(attack, epsilon=s.epsilon, generator=s.generator, steps=steps)
 
 
 SUITE: dict[str, Member] = {
     "hole-seeking": Member(DENSE, _hole_seeking),
-    "DDN": Member(("l2",), lambda s, steps: partial(ddn, generator=s.generator, steps=steps)),
-    "FMN": Member(("l0", "l1", "l2", "linf"), lambda s, steps: partial(fmn, generator=s.generator, steps=steps)),
-    "FAB": Member(("l1", "l2", "linf"), lambda s, steps: partial(fab, generator=s.generator, steps=steps)),
+    "DDN": Member(("l2",), _minimal(ddn)),
+    "FMN": Member(("l0", "l1", "l2", "linf"), _minimal(fmn)),
+    "FAB": Member(("l1", "l2", "linf"), _minimal(fab)),
     "APGD bisection": Member(
         DENSE, lambda s, steps: partial(auto_pgd_minimal, generator=s.generator, rounds=ROUNDS, steps=steps // ROUNDS)
     ),
     "neighbours": Member(
         DENSE, lambda s, steps: partial(from_neighbours, near=s.near, generator=s.generator, steps=steps)
     ),
-    "PGD": Member(
-        DENSE, lambda s, steps: partial(pgd, epsilon=s.epsilon, generator=s.generator, steps=steps), fixed=True
-    ),
-    "APGD-CE": Member(
-        DENSE, lambda s, steps: partial(auto_pgd, epsilon=s.epsilon, generator=s.generator, steps=steps), fixed=True
-    ),
+    "PGD": Member(DENSE, _within(pgd), fixed=True),
+    "APGD-CE": Member(DENSE, _within(auto_pgd), fixed=True),
     "APGD-T": Member(DENSE, _targets, fixed=True),
-    "Square": Member(
-        DENSE, lambda s, steps: partial(square, epsilon=s.epsilon, generator=s.generator, steps=steps), fixed=True
-    ),
+    "Square": Member(DENSE, _within(square), fixed=True),
 }
 """By the name that their rows carry; `brittle attack --attack` takes them in any case."""
 

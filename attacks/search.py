@@ -108,8 +108,12 @@ class Search:
     def pull_in(self, steps: int) -> None:
         """Halve the gap between each success and its input `steps` times. Cost: `steps` evaluations."""
         rows = self.best.isfinite().nonzero()[:, 0]
+        self.halve(rows, self.inputs[rows], steps)
+
+    def halve(self, rows: Tensor, ends: Tensor, steps: int) -> None:
+        """Halve the line from some inputs to successes, (B', *input), `steps` times. Cost: `steps` evaluations."""
         problem = self.problem[rows]
-        way = self.inputs[rows] - problem.inputs
+        way = ends - problem.inputs
         low, high = torch.zeros_like(self.best[rows]), torch.ones_like(self.best[rows])
         for _ in range(steps if len(rows) else 0):
             half = (low + high) / 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -50,8 +51,7 @@ def right_queries(subject: Subject, count: int) -> Queries:
 
 
 def problem_of(subject: Subject, queries: Queries, norm: Norm, cap: int | None = None) -> Problem:
-    logits = lambda inputs: subject.class_logits(subject.model, inputs)  # noqa: E731
-    return Problem(logits, queries.inputs, queries.targets, norm, subject.bounds, cap=cap)
+    return replace(suite.problem_of(subject, queries, norm), cap=cap)
 
 
 def generator() -> torch.Generator:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import brittle
 from brittle.data import Examples
+from brittle.examples.fashion_mnist import ROOT
 from brittle.subject import Subject
 
-ROOT = "BRITTLE_DATA"
 RADIUS, STEP = 0.3, 0.1
 
 

@@ -6,7 +6,6 @@ counts, but a further backward pass through the same forward (DeepFool takes one
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from brittle.attacks.foolbox_suite import foolbox
 from brittle.records import Norm
 
 
@@ -51,7 +51,7 @@ class Counted(nn.Module):
 
 def peers(model: nn.Module, inputs: Tensor, labels: Tensor, norm: Norm, long: bool) -> list[Found]:
     """foolbox's attacks at 1,000 steps, or, where it is not to be long, at 100 and without Brendel-Bethge."""
-    attacks, length = _foolbox().attacks, 10 if long else 1
+    attacks, length = foolbox().attacks, 10 if long else 1
     table: dict[str, Callable[[], Any]] = {
         "l2": {
             "DDN": lambda: attacks.DDNAttack(steps=100 * length),
@@ -70,12 +70,12 @@ def peers(model: nn.Module, inputs: Tensor, labels: Tensor, norm: Norm, long: bo
 
 def ddn(model: nn.Module, inputs: Tensor, labels: Tensor, evaluations: int) -> Found:
     """foolbox's DDN for as many evaluations."""
-    return attacked("foolbox DDN", _foolbox().attacks.DDNAttack(steps=evaluations - 1), model, inputs, labels, "l2")
+    return attacked("foolbox DDN", foolbox().attacks.DDNAttack(steps=evaluations - 1), model, inputs, labels, "l2")
 
 
 def fmn(model: nn.Module, inputs: Tensor, labels: Tensor, evaluations: int) -> Found:
     """foolbox's Linf FMN for as many evaluations."""
-    attack = _foolbox().attacks.LInfFMNAttack(steps=evaluations - 1)
+    attack = foolbox().attacks.LInfFMNAttack(steps=evaluations - 1)
     return attacked("foolbox FMN", attack, model, inputs, labels, "linf")
 
 
@@ -83,9 +83,9 @@ def attacked(name: str, attack: Any, model: nn.Module, inputs: Tensor, labels: T
     """Run one attack of foolbox's, its result judged on the tensors that it returned. A crash is a failure."""
     counted = Counted(model)
     torch.manual_seed(0)
-    bounded = _foolbox().PyTorchModel(counted, bounds=(0, 1), device="cpu")
+    bounded = foolbox().PyTorchModel(counted, bounds=(0, 1), device="cpu")
     try:
-        points = attack.run(bounded, inputs, _foolbox().criteria.Misclassification(labels)).detach()
+        points = attack.run(bounded, inputs, foolbox().criteria.Misclassification(labels)).detach()
     except Exception as error:
         print(f"{name} ({norm}) raised {type(error).__name__}: {error}", file=sys.stderr)
         return Found(
@@ -113,10 +113,3 @@ def auto_attack(
     points = points[0] if isinstance(points, tuple) else points
     with torch.no_grad():
         return model(points).argmax(1) == labels, counted.evaluations / len(inputs)
-
-
-def _foolbox() -> Any:
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    import foolbox
-
-    return foolbox
