@@ -16,20 +16,16 @@ from typing import Any
 
 from brittle.agreement import wilson
 from brittle.assemble.estimates import median
-from brittle.attacks import suite
 from brittle.attacks.envelope import envelope
-from brittle.attacks.health import examine
 from brittle.attacks.plan import members
 from brittle.errors import DataError
 from brittle.findings import Estimate, HealthCheck
-from brittle.kernel.differentiable import differentiable_mass
 from brittle.kernel.memory import Memory
-from brittle.mass import class_groups
 from brittle.outcomes import attack_rows
 from brittle.pipeline.context import NORMS, Context
 from brittle.pipeline.mapping import memory
-from brittle.pipeline.observing import attacks, health, health_finding
-from brittle.records import AttackRows, Norm, Progress, Queries
+from brittle.pipeline.observing import attacks, examined, health, run_suite
+from brittle.records import AttackRows, Norm, Progress
 from brittle.runs import RunFolder
 from brittle.stages import Spend
 
@@ -99,39 +95,21 @@ def attack(c: Context, wish: Wish) -> Attacked:
         rows = attacks(c, built)
         checks = health(c, rows)
     else:
-        rows, checks = _wished(c, wish, right, built)
+        rows, checks = _wished(c, wish, built)
     _note(c.stages.run, list(attack_rows(c.subject, right, rows, [[]] * len(right))))
     return Attacked(len(right), len(sealed) - len(right), rows, checks, wish.epsilon)
 
 
-def _wished(c: Context, wish: Wish, right: Queries, built: Memory) -> tuple[list[AttackRows], list[HealthCheck]]:
+def _wished(c: Context, wish: Wish, built: Memory) -> tuple[list[AttackRows], list[HealthCheck]]:
     """The attacks of a wish, led by the map, and their checks."""
     norms = wish.norms or NORMS
     limits: Mapping[Norm, float] = {} if wish.epsilon is None else {norm: wish.epsilon for norm in norms}
-    route = built.by_class(c.groups, c.subject.classes).merged(c.effort.route)
     generator = c.stages.generator(wish.stage)
 
     def compute(tick: Progress, spend: Spend) -> dict[str, Any]:
-        rows = suite.run(
-            c.subject,
-            right,
-            mass=differentiable_mass(route, c.subject, c.device),
-            mass_evaluations=2 * route.evaluations,
-            groups=class_groups(c.subject),
-            generator=generator,
-            preset=c.preset,
-            norms=norms,
-            attacks=wish.names,
-            epsilons=limits,
-            cap=wish.cap,
-            progress=tick,
-        )
-        spend(sum(int(r.evaluations.sum()) for r in rows))
-        checks = []
-        for norm in norms:
-            found = examine(suite.problem_of(c.subject, right, norm), rows, generator=generator)
-            spend(sum(check.cost for check in found))
-            checks += [health_finding(check, norm).model_dump() for check in found]
+        asked = {"attacks": wish.names, "epsilons": limits, "cap": wish.cap}
+        rows = run_suite(c, built, generator, tick, spend, norms, **asked)
+        checks = [check for norm in norms for check in examined(c, rows, norm, generator, spend)]
         return {"rows": [_named(r, wish.epsilon) for r in rows], "health": checks}
 
     kept = c.stages(wish.stage, "attacking", compute)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from brittle.attacks import suite
 from brittle.attacks.envelope import envelope
@@ -25,46 +28,60 @@ def probes(c: Context) -> Observed:
 
 
 def attacks(c: Context, memory: Memory) -> list[AttackRows]:
-    sealed = c.split.sealed
-    right = sealed[sealed.right]
-    by_class = class_groups(c.subject)
-    route = memory.by_class(c.groups, c.subject.classes).merged(c.effort.route)
     generator = c.stages.generator("attacks")
-
-    def compute(tick: Progress, spend: Spend) -> list[AttackRows]:
-        rows = suite.run(
-            c.subject,
-            right,
-            mass=differentiable_mass(route, c.subject, c.device),
-            mass_evaluations=2 * route.evaluations,  # with its backward pass
-            groups=by_class,
-            generator=generator,
-            preset=c.preset,
-            norms=NORMS,
-            progress=tick,
-        )
-        spend(sum(int(r.evaluations.sum()) for r in rows))
-        return rows
-
-    return c.stages("attacks", "attacking", compute)
+    return c.stages("attacks", "attacking", lambda tick, spend: run_suite(c, memory, generator, tick, spend))
 
 
 def health(c: Context, attacked: list[AttackRows]) -> list[HealthCheck]:
     """Whether the attacks can be believed, norm by norm."""
-    right = c.split.sealed[c.split.sealed.right]
     generator = c.stages.generator("attacks/health")
 
     def compute(tick: Progress, spend: Spend) -> list[dict[str, Any]]:
         found = []
         for k, norm in enumerate(NORMS):
-            checks = examine(suite.problem_of(c.subject, right, norm), attacked, generator=generator)
-            spend(sum(check.cost for check in checks))
-            found += [health_finding(check, norm) for check in checks]
+            found += examined(c, attacked, norm, generator, spend)
             tick(k + 1, len(NORMS))
-        return [check.model_dump() for check in found]
+        return found
 
     checks = c.stages("attacks/health", "checking the attacks", compute)
     return [HealthCheck.model_validate(check) for check in checks]
+
+
+def run_suite(
+    c: Context,
+    memory: Memory,
+    generator: torch.Generator,
+    tick: Progress,
+    spend: Spend,
+    norms: Sequence[Norm] = NORMS,
+    **asked: Any,
+) -> list[AttackRows]:
+    """Attack the sealed queries that are right when clean, led by the map. asked: of `suite.run` besides."""
+    route = memory.by_class(c.groups, c.subject.classes).merged(c.effort.route)
+    rows = suite.run(
+        c.subject,
+        c.split.sealed[c.split.sealed.right],
+        mass=differentiable_mass(route, c.subject, c.device),
+        mass_evaluations=2 * route.evaluations,  # with its backward pass
+        groups=class_groups(c.subject),
+        generator=generator,
+        preset=c.preset,
+        norms=norms,
+        progress=tick,
+        **asked,
+    )
+    spend(sum(int(r.evaluations.sum()) for r in rows))
+    return rows
+
+
+def examined(
+    c: Context, attacked: Sequence[AttackRows], norm: Norm, generator: torch.Generator, spend: Spend
+) -> list[dict[str, Any]]:
+    """The checks of attacks in one norm, as they stand in the findings, as plain data."""
+    right = c.split.sealed[c.split.sealed.right]
+    checks = examine(suite.problem_of(c.subject, right, norm), attacked, generator=generator)
+    spend(sum(check.cost for check in checks))
+    return [_finding(check, norm).model_dump() for check in checks]
 
 
 def flips(c: Context, observed: Observed, attacked: list[AttackRows]) -> Flips:
@@ -80,7 +97,7 @@ def flips(c: Context, observed: Observed, attacked: list[AttackRows]) -> Flips:
     )
 
 
-def health_finding(check: Check, norm: Norm) -> HealthCheck:
+def _finding(check: Check, norm: Norm) -> HealthCheck:
     """A check as it stands in the findings."""
     value = check.value if math.isfinite(check.value) else None
     return HealthCheck(name=check.name, norm=norm, verdict=check.verdict, value=value, sentence=check.sentence)
