@@ -17,7 +17,7 @@ from torch import Tensor
 
 from brittle.kernel.factors import Factors, factors_of, products, ready
 from brittle.kernel.gradients import Scalar
-from brittle.kernel.quadrature import blocks, check_outputs
+from brittle.kernel.quadrature import blocks, check_outputs, output_factors
 from brittle.path.flat import FlatModel
 from brittle.records import Pairs, Progress
 from brittle.subject import Subject
@@ -60,7 +60,7 @@ def kernel_matrix(
     for k, (state, rate) in enumerate(zip(states, rates.tolist(), strict=True)):
         flat.load(state)
         queries = [
-            (rows, _queries(subject, flat, inputs[rows], outputs[rows])) for rows in blocks(len(inputs), QUERIES)
+            (rows, _queries(subject, flat, state, inputs[rows], outputs[rows])) for rows in blocks(len(inputs), QUERIES)
         ]
         for columns in blocks(count, BLOCK):
             examples = subject.train.inputs[columns], subject.train.targets[columns]
@@ -78,16 +78,11 @@ def losses(subject: Subject, flat: FlatModel, inputs: Tensor, targets: Tensor) -
     return lambda: len(x) * subject.loss_of(subject.run(model, x), y)
 
 
-def _queries(subject: Subject, flat: FlatModel, inputs: Tensor, outputs: Pairs | Tensor) -> Factors:
+def _queries(subject: Subject, flat: FlatModel, state: Tensor, inputs: Tensor, outputs: Pairs | Tensor) -> Factors:
     """Factors of the queries' outputs, for many blocks of training examples."""
     if isinstance(outputs, Tensor):
-        scalar = losses(subject, flat, inputs, outputs)
+        found = factors_of(flat, losses(subject, flat, inputs, outputs), len(inputs))
     else:
-        scalar = _margins(subject, flat, inputs, outputs)
+        found = output_factors(subject, flat, state, inputs, outputs)
     count = len(subject.train)
-    return ready(factors_of(flat, scalar, len(inputs)), min(BLOCK, count), -(-count // BLOCK))
-
-
-def _margins(subject: Subject, flat: FlatModel, inputs: Tensor, pairs: Pairs) -> Scalar:
-    model, x = flat.eval(), inputs.to(flat.state)
-    return lambda: pairs.margin(subject.class_logits(model, x)).sum()
+    return ready(found, min(BLOCK, count), -(-count // BLOCK))

@@ -45,7 +45,6 @@ class Line:
     """The averaged gradient over one segment for M outputs."""
 
     jacobian: Mixed  # M rows
-    missed: Tensor  # shape: (M,), increment minus jacobian . D
     nodes: int
 
 
@@ -138,13 +137,12 @@ def line_gradient(
         return take(subject, flat, [torch.lerp(low, high, t) for t in at], weights, inputs, pairs, layout)
 
     if gauss:
-        jacobian = average(*gauss_nodes(nodes))
-        return Line(jacobian, increment - jacobian.dot(displacement), nodes)
+        return Line(average(*gauss_nodes(nodes)), nodes)
     jacobian = average(midpoints(nodes))
     while True:
         missed = increment - jacobian.dot(displacement)
         if missed.abs().mean().item() <= allowed or 3 * nodes > most:
-            return Line(jacobian, missed, nodes)
+            return Line(jacobian, nodes)
         nodes *= 3
         fresh = [t for k, t in enumerate(midpoints(nodes)) if k % 3 != 1]
         jacobian = jacobian.scaled(1 / 3).plus(2 / 3, average(fresh))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from brittle.kernel.factors import Factors, factors_of
-from brittle.kernel.gradients import Piece, beyond_rounding, check_sum, row_pieces
+from brittle.kernel.gradients import Piece, Scalar, beyond_rounding, check_sum, row_pieces
 from brittle.path.flat import FlatModel
 from brittle.path.observed import Batch
 from brittle.path.rerun import batch_gradient, training_loss
@@ -59,9 +59,7 @@ def check_step(subject: Subject, flat: FlatModel, step: WalkedStep) -> Tensor:
 
 def step_factors(subject: Subject, flat: FlatModel, step: WalkedStep, batch: Batch) -> Factors:
     """The row gradients of one batch in factors, where rows do not see each other."""
-    flat.load(step.state)
-    resting = step.seen.manner.resting
-    return factors_of(flat, lambda: training_loss(subject, flat, batch, resting), len(batch))
+    return factors_of(flat, _loss(subject, flat, step, batch), len(batch))
 
 
 def couples(flat: FlatModel) -> bool:
@@ -70,6 +68,10 @@ def couples(flat: FlatModel) -> bool:
 
 
 def _pieces(subject: Subject, flat: FlatModel, step: WalkedStep, batch: Batch) -> Iterator[Piece]:
+    return row_pieces(flat, _loss(subject, flat, step, batch), len(batch))
+
+
+def _loss(subject: Subject, flat: FlatModel, step: WalkedStep, batch: Batch) -> Scalar:
+    """The loss of a batch, to be differentiated at the weights before its step."""
     flat.load(step.state)
-    resting = step.seen.manner.resting
-    return row_pieces(flat, lambda: training_loss(subject, flat, batch, resting), len(batch))
+    return lambda: training_loss(subject, flat, batch, step.seen.manner.resting)

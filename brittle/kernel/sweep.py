@@ -26,8 +26,9 @@ statistics are, to the row `buffers`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
@@ -44,6 +45,7 @@ from brittle.path.observed import Batch
 from brittle.path.recipe import named_momentum
 from brittle.path.replay import Path, walk
 from brittle.path.rules import absent, scaled
+from brittle.path.store import PathReader
 from brittle.path.walked import Interval, WalkedStep
 from brittle.records import Ledger, Pairs, Progress
 from brittle.subject import Subject
@@ -53,7 +55,6 @@ SEGMENTS = 12
 
 GROWTH = 1.5
 """How far, at most, a segment leads from a step s: to s * GROWTH. A network changes most in its first steps."""
-
 
 TAIL = 1e-9
 """Share of a momentum buffer that may be cut off where a stretch begins."""
@@ -122,7 +123,8 @@ def sweep(
     cuts = path_cuts(path, q)
     account = _Account(subject, flat, inputs, pairs, path, q, lines=len(cuts) - 1)
     first, last = stretch or (0, path.steps)
-    warm = next(cut for cut in cuts if cut >= _warm_from(path, last))
+    warm_from = _warm_from(last, path.steps, partial(_momentum, path))
+    warm = next(cut for cut in cuts if cut >= warm_from)
     for segment in _segments(path, subject, flat, [cut for cut in cuts if first <= cut <= warm]):
         if segment.steps[-1].index == warm - 1:
             account.begin(segment, whole=last == path.steps)
@@ -138,11 +140,12 @@ def stretches(path: Path, quadrature: Quadrature | None = None) -> list[tuple[in
     A momentum buffer carries a step's gradient on into later steps. So a stretch is begun as many steps behind its end
     as it takes until less than `TAIL` of the buffer is left, and what those steps did is not counted.
     """
-    cuts, ends = path_cuts(path, quadrature or Quadrature()), [0]
     if isinstance(path, Checkpoints):
         return [(0, path.steps)]
+    cuts, ends = path_cuts(path, quadrature or Quadrature()), [0]
+    momentum = cache(partial(_momentum, path))
     for cut in cuts[1:-1]:
-        warm = max(_warm_from(path, cut) - cut, FEWEST)
+        warm = max(_warm_from(cut, path.steps, momentum) - cut, FEWEST)
         if cut - ends[-1] >= LONGER * warm and path.steps - cut >= LONGER * warm:
             ends.append(cut)
     return list(pairwise([*ends, path.steps]))
@@ -161,15 +164,19 @@ def segment_cuts(steps: int, segment: int) -> list[int]:
     return cuts
 
 
-def _warm_from(path: Path, stop: int) -> int:
+def _warm_from(stop: int, steps: int, momentum: Callable[[int], float]) -> int:
     """The step before which the walk back must begin, so that less than `TAIL` of any buffer is cut at `stop`."""
-    if isinstance(path, Checkpoints):
-        return path.steps
     left = 1.0
-    while stop < path.steps and left > TAIL:
-        left *= max(map(named_momentum, path.step(stop).manner.settings), default=0.0)
+    while stop < steps and left > TAIL:
+        left *= momentum(stop)
         stop += 1
     return stop
+
+
+def _momentum(path: Path, step: int) -> float:
+    """The largest momentum of any parameter group in a step."""
+    assert isinstance(path, PathReader)  # checkpoints are one stretch
+    return max(map(named_momentum, path.step(step).manner.settings), default=0.0)
 
 
 def _segments(path: Path, subject: Subject, flat: FlatModel, cuts: Sequence[int]) -> Iterator[Interval]:
@@ -269,7 +276,8 @@ class _Account:
         weights = torch.cat([displacement[:p], torch.zeros_like(displacement[p:])])
         self.moved += line.jacobian.dot(weights).double()
         self.hidden_moved += self._hidden(line.jacobian, displacement)
-        self.buffers += line.jacobian.dot(displacement - weights).double()
+        if p < len(displacement):
+            self.buffers += line.jacobian.dot(displacement - weights).double()
         return line
 
     def _spend(self, step: WalkedStep, credit: Mixed, jacobian: Mixed) -> None:

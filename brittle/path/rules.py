@@ -83,8 +83,3 @@ def scaled(by: Coefficient, values: Tensor) -> Tensor:
 def absent(coefficient: Coefficient) -> bool:
     """Whether a coefficient is zero everywhere."""
     return isinstance(coefficient, float) and coefficient == 0
-
-
-def columns_of(coefficient: Coefficient, columns: slice) -> Coefficient:
-    """A coefficient over some of the coordinates."""
-    return coefficient[columns] if isinstance(coefficient, Tensor) else coefficient
