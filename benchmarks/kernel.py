@@ -23,7 +23,6 @@ Fashion-MNIST lies in torchvision's layout under BRITTLE_DATA; the peers come wi
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
 from argparse import ArgumentParser
@@ -42,8 +41,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.datasets import FashionMNIST
 
+from benchmarks.bars import shown
+from benchmarks.data import read
 from brittle.data import Examples
 from brittle.examples.fashion_mnist import network
 from brittle.kernel.matrix import kernel_matrix
@@ -118,14 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def prepared(size: Size) -> Problem:
     """Train the checkpoints: stochastic gradient descent with momentum, on all of the examples."""
-    root = os.environ["BRITTLE_DATA"]
-    train, test = (
-        Examples(part.data[:count, None].float() / 255, part.targets[:count], tuple(map(str, range(count))))
-        for part, count in (
-            (FashionMNIST(root, train=True), size.images),
-            (FashionMNIST(root, train=False), size.queries),
-        )
-    )
+    train, test = read(train=True, count=size.images), read(train=False, count=size.queries)
     problem, model = Problem(train, test, []), network(0)
     inputs, targets = problem.tensors(train)
     optimizer, order = torch.optim.SGD(model.parameters(), LR, MOMENTUM), torch.Generator().manual_seed(0)
@@ -283,7 +276,7 @@ def table(found: dict[str, Any]) -> str:
             f", extrapolated from {found['vs_captum_default_extrapolated_from']}" if name == "captum_default" else ""
         )
         lines.append(f"{name:26} " + ("not installed" if took is None else f"{took:9.2f} s{note}"))
-    bars = {key: f"<= {bar:g}" for key, bar in AT_MOST.items()} | {key: f">= {bar:g}" for key, bar in AT_LEAST.items()}
+    bars = shown(AT_MOST, AT_LEAST)
     keys = [key for key in (*AT_LEAST, "vs_dattri", *AT_MOST) if found[key] is not None]
     return "\n".join(lines + [f"{key:26} {found[key]:9.3g}     {bars.get(key, '')}" for key in keys])
 

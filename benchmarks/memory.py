@@ -34,9 +34,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.datasets import FashionMNIST
 
-from brittle.data import Examples
+from benchmarks.bars import missed, shown
+from benchmarks.data import read
 from brittle.examples.fashion_mnist import network
 from brittle.examples.training import Recipe, trained
 from brittle.kernel.directional import Directional
@@ -117,18 +117,16 @@ def run(size: Size, folder: Path) -> dict[str, Any]:
     print(found, file=sys.stderr, flush=True)
     found |= shifts(subject, memory, probes, size)
     found |= {"segments": memory.segments, "nodes": memory.evaluations, "threads": torch.get_num_threads()}
-    return found | {"missed": missed(found)}
+    return found | {"missed": missed(found, AT_MOST, AT_LEAST)}
 
 
 def recorded(images: int, epochs: int, folder: Path) -> Subject:
     """A training on the first images, recorded."""
-    data, test = (FashionMNIST(os.environ["BRITTLE_DATA"], train=part) for part in (True, False))
-    train, held_out = (Examples(d.data[:, None].float() / 255, d.targets) for d in (data, test))
-    train = train[:images]
+    train = read(train=True, count=images)
     std, mean = torch.std_mean(train.inputs)
     recipe = Recipe(mean.item(), std.item(), epochs=epochs, batch=128, lr=0.05, seed=0)
     model, path = trained(network, train, recipe, folder, bar="")
-    return Subject(model, train=train, test=held_out, normalize=(recipe.mean, recipe.std), path=path)
+    return Subject(model, train=train, test=read(train=False), normalize=(recipe.mean, recipe.std), path=path)
 
 
 def remembered(subject: Subject) -> Memory:
@@ -245,24 +243,17 @@ def opened(subject: Subject) -> PathReader:
 
 def table(found: dict[str, Any]) -> str:
     """For people."""
-    bars = {key: f"<= {bar:g}" for key, bar in AT_MOST.items()} | {key: f">= {bar:g}" for key, bar in AT_LEAST.items()}
     lines = [
         f"{found['queries']} queries, {found['probes']} probes, {found['segments']} segments, {found['nodes']} nodes, "
         f"{found['threads']} threads; mass {1e3 * found['seconds_mass']:.2f} ms an input, a pass forward "
         f"{1e6 * found['seconds_forward']:.1f} us",
-        *[f"{key:22} {found[key]:9.4f}   {bar}" for key, bar in bars.items()],
+        *[f"{key:22} {found[key]:9.4f}   {bar}" for key, bar in shown(AT_MOST, AT_LEAST).items()],
         f"step by step: residual {found['step_by_step_residual']:.4f}, cosine to {MIDPOINTS} plain midpoints a step "
         f"{found['step_by_step_cosine']:.4f} (5th percentile {found['step_by_step_cosine_p5']:.3f}, "
         f"{found['checked']} queries)",
         *[f"  {name:12} cosine {m:.4f}, 5th percentile {low:.3f}" for name, (m, low) in found["by_family"].items()],
     ]
     return "\n".join(lines)
-
-
-def missed(found: dict[str, Any]) -> list[str]:
-    """The bars that are missed."""
-    low = [f"{key} {found[key]:.3f} > {bar}" for key, bar in AT_MOST.items() if not found[key] <= bar]
-    return low + [f"{key} {found[key]:.4f} < {bar}" for key, bar in AT_LEAST.items() if not found[key] >= bar]
 
 
 def _said(what: str) -> Callable[[int, int], None]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.data import unnamed
 from benchmarks.scale import memory, processes, times
-from brittle.examples.fashion_mnist import ROOT
 
 PARTS = ("memory", "processes", "times")
 
@@ -54,8 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=PARTS, help="one part alone")
     parser.add_argument("--quick", action="store_true", help="small sizes, as a smoke test")
     asked = parser.parse_args(arguments)
-    if not os.environ.get(ROOT):
-        print(f"{ROOT} must name the folder that holds FashionMNIST/; set it, nothing is fetched", file=sys.stderr)
+    if unnamed():
         return 2
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     with TemporaryDirectory() as folder:

@@ -1,18 +1,11 @@
-"""What is mapped: the Fashion-MNIST CNN after one epoch of its first N images.
-
-Data: H. Xiao, K. Rasul and R. Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning
-Algorithms" (2017), arXiv 1708.07747, in the folder that BRITTLE_DATA names, as torchvision lays it out.
-"""
+"""What is mapped: the Fashion-MNIST CNN after one epoch of its first N images."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from torchvision.datasets import FashionMNIST
-
-from brittle.data import Examples
-from brittle.examples.fashion_mnist import ROOT, network
+from benchmarks.data import read
+from brittle.examples.fashion_mnist import network
 from brittle.examples.training import Recipe, trained
 from brittle.subject import Subject
 
@@ -20,12 +13,6 @@ MEAN, STD = 0.286, 0.353
 
 TEST = 2_000
 """Test images, whatever N is."""
-
-
-def read(train: bool, count: int) -> Examples:
-    """The first images, (N, 1, 28, 28) in [0, 1], made without a second copy of them."""
-    data = FashionMNIST(os.environ[ROOT], train=train)
-    return Examples(data.data[:count, None].float().div_(255), data.targets[:count].clone())
 
 
 def data_bytes(size: int) -> int:
