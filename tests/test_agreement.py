@@ -6,17 +6,30 @@ import math
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import spearmanr
-from sklearn.metrics import average_precision_score, roc_auc_score
+from scipy.stats import kendalltau, spearmanr
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor, nn
 
 from brittle.agreement import baselines, calibrate, compare, extrapolated_margin, hole_test, metrics, overall, wilson
 from brittle.agreement.baselines import first_order_distance, softmax_confidence, trust_score
-from brittle.agreement.metrics import NOTHING, auroc, average_precision, bootstrap, resample_weights, spearman
+from brittle.agreement.metrics import (
+    NOTHING,
+    augrc,
+    aurc,
+    auroc,
+    average_precision,
+    bootstrap,
+    e_aurc,
+    fpr95,
+    kendall,
+    resample_weights,
+    spearman,
+)
 from brittle.data import Examples
 from brittle.errors import DataError, NotFiniteError
 from brittle.findings import Estimate, HoleTest, TargetAgreement
@@ -48,6 +61,15 @@ def samples(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor(draw(numbers(-4, 4)), dtype=torch.float64), failed, weights
 
 
+def slow_aurc(scores: np.ndarray, failed: np.ndarray) -> float:
+    """The mean rate of the i lowest for every i, where an input in a tie counts by its chance to be among the i."""
+    below, tied = (np.array([relation(scores, s).sum() for s in scores]) for relation in (np.less, np.equal))
+    total = 0.0
+    for i in range(1, len(scores) + 1):
+        total += (np.clip((i - below) / tied, 0, 1) * failed).sum() / i
+    return total / len(scores)
+
+
 class TestMetrics:
     @settings(deadline=None)
     @given(samples())
@@ -62,8 +84,18 @@ class TestMetrics:
             assert average_precision(scores, failed, weights)[r].item() == pytest.approx(average_precision_score(f, s))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of constants, where both are NaN
-                expected = spearmanr(s, o).statistic
+                expected, tau = spearmanr(s, o).statistic, kendalltau(s, o).statistic
             assert spearman(scores, other, weights)[r].item() == pytest.approx(expected, abs=1e-9, nan_ok=True)
+            assert kendall(scores, other, weights)[r].item() == pytest.approx(tau, abs=1e-9, nan_ok=True)
+            false, true, _ = roc_curve(f, s, drop_intermediate=False)
+            assert fpr95(scores, failed, weights)[r].item() == pytest.approx(false[true >= 0.95][0])
+            assert aurc(scores, failed, weights)[r].item() == pytest.approx(slow_aurc(s, f))
+            ideal = slow_aurc(f.astype(float), f)
+            assert e_aurc(scores, failed, weights)[r].item() == pytest.approx(slow_aurc(s, f) - ideal, abs=1e-12)
+            right, area = 1 - f.mean(), roc_auc_score(f, s)
+            assert augrc(scores, failed, weights)[r].item() == pytest.approx(
+                (1 - area) * right * (1 - right) + (1 - right) ** 2 / 2
+            )
 
     @settings(deadline=None)
     @given(samples())
@@ -71,7 +103,7 @@ class TestMetrics:
         """Ranks alone count, a reversed score has the mirrored figure, and the order of the inputs is nothing."""
         scores, failed, weights = sample
         order = torch.randperm(len(scores), generator=seeded())
-        for metric in (auroc, average_precision, spearman):
+        for metric in (auroc, average_precision, spearman, kendall, fpr95, aurc, e_aurc, augrc):
             figure = metric(scores, failed, weights)
             torch.testing.assert_close(metric(scores.exp() * 7, failed, weights), figure, equal_nan=True)
             shuffled = metric(scores[order], failed[order], weights[order])
@@ -80,12 +112,39 @@ class TestMetrics:
         torch.testing.assert_close(
             spearman(-scores, failed, weights), -spearman(scores, failed, weights), equal_nan=True
         )
+        torch.testing.assert_close(kendall(-scores, failed, weights), -kendall(scores, failed, weights), equal_nan=True)
+
+    def test_selective_figures_in_closed_form(self) -> None:
+        """Four inputs, two failures: kept in the order held, failed, held, failed, then the ideal, then all tied."""
+        failed = torch.tensor([False, True, False, True])
+        order = torch.arange(4.0, dtype=torch.float64)
+        assert plain(aurc, order, failed) == pytest.approx((0 + 1 / 2 + 1 / 3 + 2 / 4) / 4)
+        assert plain(e_aurc, order, failed) == pytest.approx((0 + 1 / 2 + 1 / 3 + 2 / 4 - 1 / 3 - 2 / 4) / 4)
+        assert plain(augrc, order, failed) == pytest.approx((0 + 0.5 + 1 + 1.5) / 4 / 4)
+        assert plain(e_aurc, failed.double(), failed) == pytest.approx(0)
+        assert plain(aurc, torch.zeros(4), failed) == pytest.approx(1 / 2)
+        assert plain(augrc, torch.zeros(4), failed) == pytest.approx(1 / 4)
+
+    def test_fpr95_catches_at_least_that_share(self) -> None:
+        """Of 40 failures 38 must be caught; the inputs that held above the 38th highest are the false alarms."""
+        failed = torch.arange(140) < 40
+        scores = torch.cat([torch.arange(40.0), torch.arange(100) / 10])  # the 38th highest failure scores 2
+        assert plain(fpr95, scores.double(), failed) == pytest.approx((scores[40:] >= 2).double().mean().item())
+        assert plain(fpr95, failed.double(), failed) == 0
+        assert plain(fpr95, torch.zeros(140), failed) == 1
+
+    def test_the_pairs_looked_at_together_do_not_matter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        scores, observed = normal(40).round(), normal(40, seed=1).round()
+        whole = plain(kendall, scores, observed)
+        monkeypatch.setattr(metrics, "SIGNS", 100)
+        assert plain(kendall, scores, observed) == whole
 
     def test_infinite_values_rank_last_and_tie(self) -> None:
         distance = torch.tensor([1.0, 2.0, math.inf, math.inf, 0.5], dtype=torch.float64)
         finite = torch.tensor([1.0, 2.0, 9.0, 9.0, 0.5], dtype=torch.float64)
         score = normal(5)
         assert plain(spearman, score, -distance) == plain(spearman, score, -finite)
+        assert plain(kendall, score, -distance) == plain(kendall, score, -finite)
         failed = torch.tensor([True, True, False, False, True])
         assert plain(auroc, -distance, failed) == 1
 
@@ -93,7 +152,7 @@ class TestMetrics:
     def test_what_is_not_defined_is_no_estimate(self, failed: list[bool]) -> None:
         outcome = torch.tensor(failed, dtype=torch.bool)
         weights = resample_weights(outcome, 50, seeded())
-        for metric in (auroc, spearman):
+        for metric in (auroc, spearman, kendall, fpr95):
             assert bootstrap(metric, normal(len(failed)), outcome, weights).estimate == NOTHING
 
 
