@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,10 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor, nn
 
 from brittle.agreement import baselines, calibrate, compare, extrapolated_margin, hole_test, metrics, overall, wilson
-from brittle.agreement.baselines import first_order_distance, softmax_confidence, trust_score
+from brittle.agreement.baselines import first_order_distance, gradient_scores
+from brittle.agreement.baselines.gradients import input_gradient_norm, lead_after, typical
+from brittle.agreement.baselines.neighbours import nearest_ratio, trust_score
+from brittle.agreement.baselines.outputs import entropy, output_scores, softmax_confidence
 from brittle.agreement.metrics import (
     NOTHING,
     augrc,
@@ -33,7 +37,7 @@ from brittle.agreement.metrics import (
 from brittle.data import Examples
 from brittle.errors import DataError, NotFiniteError
 from brittle.findings import Estimate, HoleTest, TargetAgreement
-from brittle.records import Pairs, Queries, ShiftMap
+from brittle.records import Norm, Pairs, Queries, ShiftMap
 from brittle.subject import Subject
 
 
@@ -242,7 +246,7 @@ class TestBaselines:
         expected = slope * reference - margin[:, None]
         torch.testing.assert_close(extrapolated_margin(shift), expected)
 
-    def test_four_scores_of_which_higher_means_brittler(self) -> None:
+    def test_the_scores_of_which_higher_means_brittler(self) -> None:
         """An input between two classes is brittler by every score than one deep inside its class."""
         x = torch.cat([0.1 + 0.1 * torch.rand(40, 2), 0.8 + 0.1 * torch.rand(40, 2)])
         y = torch.arange(80) // 40
@@ -256,11 +260,24 @@ class TestBaselines:
         queries = Queries(torch.arange(2), inputs, torch.zeros(2).long(), logits, Pairs.of(logits))
         calls: list[tuple[int, int]] = []
         scores = baselines(subject, queries, progress=lambda *step: calls.append(step))
-        assert list(scores) == ["softmax confidence", "logit margin", "first-order distance", "trust score"]
+        assert list(scores) == [
+            "softmax confidence",
+            "entropy",
+            "energy",
+            "logit margin",
+            "input-gradient norm",
+            "first-order distance",
+            "margin after one step",
+            "margin after K steps",
+            "trust score",
+            "trust score on features",
+            "nearest-neighbour ratio",
+        ]
         for name, score in scores.items():
-            assert score.shape == (2,), name
+            assert (score.shape, score.dtype) == ((2,), torch.float64), name
             assert score[0] > score[1], name
-        assert calls == [(1, 3), (2, 3), (3, 3)]
+        assert calls == sorted(set(calls))
+        assert calls[-1] == (26, 26)  # 1 rival, 1, 1 and 20 steps, 3 searches
 
     def test_softmax_confidence_orders_where_the_softmax_saturates(self) -> None:
         logits = torch.tensor([[3.0, 1.0, 0.0], [60.0, 0.0, 0.0], [90.0, 0.0, 0.0]])
@@ -268,6 +285,90 @@ class TestBaselines:
         assert score[0].item() == pytest.approx(math.log(1 - logits[0].softmax(0).max().item()), rel=1e-5)
         assert logits.softmax(1).amax(1)[1:].tolist() == [1, 1]
         assert score[1] > score[2]
+
+    def test_entropy_and_energy_are_the_textbooks(self) -> None:
+        logits = 3 * normal(20, 5)
+        p = logits.softmax(1)
+        torch.testing.assert_close(entropy(logits), -(p * p.log()).sum(1))
+        torch.testing.assert_close(output_scores(logits)["energy"], -logits.exp().sum(1).log())
+        saturated = entropy(torch.tensor([[60.0, 0.0], [90.0, 0.0], [900.0, 0.0]]))
+        assert saturated[0] > saturated[1] > saturated[2] == 0
+        assert saturated[1].item() == pytest.approx(91 * math.exp(-90), rel=1e-9)
+
+    @pytest.mark.parametrize(("norm", "dual"), [("l2", 2), ("linf", 1)])
+    def test_input_gradient_norm_is_that_of_the_cross_entropy(self, norm: Norm, dual: int) -> None:
+        torch.manual_seed(0)
+        subject = subject_of(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), 6, 4)
+        queries = queries_of(subject)
+        x = queries.inputs.clone().requires_grad_()
+        loss = nn.functional.cross_entropy(subject.model(x), queries.pairs.predicted, reduction="sum")
+        expected = torch.autograd.grad(loss, x)[0].norm(p=dual, dim=1).log().double()
+        torch.testing.assert_close(input_gradient_norm(subject, queries, norm), expected, rtol=1e-4, atol=1e-5)
+
+    def test_input_gradient_norm_does_not_saturate(self) -> None:
+        """The logits 100 x and 0: the loss's gradient is 100 exp(-100 x), nothing in float32."""
+        model = nn.Linear(1, 2, bias=False)
+        with torch.no_grad():
+            model.weight.copy_(torch.tensor([[100.0], [0.0]]))
+        subject = subject_of(model, 1, 2)
+        inputs = torch.tensor([[0.9], [1.0]])
+        logits = subject.predict(inputs)
+        queries = Queries(torch.arange(2), inputs, torch.zeros(2).long(), logits, Pairs.of(logits))
+        expected = torch.tensor([math.log(100) - 90, math.log(100) - 100], dtype=torch.float64)
+        torch.testing.assert_close(input_gradient_norm(subject, queries), expected, rtol=1e-6, atol=0)
+
+    @pytest.mark.parametrize(("norm", "dual"), [("l2", 2), ("linf", 1)])
+    @pytest.mark.parametrize("passes", [1, 2, 7])
+    def test_finite_steps_on_a_linear_model(self, norm: Norm, dual: int, passes: int) -> None:
+        """Two classes, no bound in the way: a descent within distance e ends at margin - e |w|_*, in any steps."""
+        torch.manual_seed(0)
+        model = nn.Linear(6, 2)
+        subject = subject_of(model, 6, 2)
+        queries = queries_of(subject)
+        inside = dataclasses.replace(queries, inputs=0.4 + queries.inputs / 5)
+        inside = dataclasses.replace(inside, logits=subject.predict(inside.inputs))
+        inside = dataclasses.replace(inside, pairs=Pairs.of(inside.logits))
+        slope = (model.weight[0] - model.weight[1]).detach().norm(p=dual)
+        found = lead_after(subject, inside, 0.1, norm, passes)
+        torch.testing.assert_close(found, (inside.margin - 0.1 * slope).double(), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("norm", ["l2", "linf"])
+    def test_finite_steps_stay_within_distance_and_bounds(self, norm: Norm) -> None:
+        seen: list[Tensor] = []
+
+        class Watched(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+            def forward(self, x: Tensor) -> Tensor:
+                seen.append(x.detach())
+                return self.inner(x)
+
+        torch.manual_seed(0)
+        subject = subject_of(Watched(), 6, 3)
+        queries = queries_of(subject)
+        seen.clear()
+        least = lead_after(subject, queries, 0.3, norm, 5)
+        assert len(seen) == 6  # five gradient passes and a forward pass
+        for points in seen:
+            far = (points - queries.inputs).norm(p=2 if norm == "l2" else math.inf, dim=1)
+            assert far.max() <= 0.3 + 1e-5
+            assert points.min() >= 0
+            assert points.max() <= 1
+        leads = torch.stack([queries.pairs.lead(subject.predict(points)) for points in seen[1:6]])
+        torch.testing.assert_close(least, leads.amin(0).double())
+
+    def test_finite_steps_go_as_far_as_the_median_boundary(self) -> None:
+        assert typical(torch.tensor([3.0, 1.0, math.inf, 2.0])) == 2
+        assert typical(torch.tensor([math.inf])) == 0
+        torch.manual_seed(0)
+        subject = subject_of(nn.Linear(6, 2), 6, 2)
+        queries = queries_of(subject, 21)
+        scores = gradient_scores(subject, queries, "l2", 3)
+        size = typical(-scores["first-order distance"])
+        torch.testing.assert_close(scores["margin after one step"], -lead_after(subject, queries, size, "l2", 1))
+        torch.testing.assert_close(scores["margin after K steps"], -lead_after(subject, queries, size, "l2", 3))
 
     @pytest.mark.parametrize(("norm", "dual"), [("l2", 2), ("linf", 1)])
     def test_first_order_distance_is_exact_for_a_linear_model(self, norm: str, dual: int) -> None:
@@ -325,6 +426,33 @@ class TestBaselines:
         assert found[0] == 0  # twins in both classes
         assert found[1] == 0  # predicted a class that is infinitely far
         assert found[2] > 1e9  # on an example of its own class
+
+    def test_nearest_ratio(self) -> None:
+        train = Examples(torch.tensor([[0.0], [0.0], [1.0]]), torch.tensor([0, 1, 1]))
+        points = torch.tensor([[0.0], [0.75], [0.5], [0.25]])
+        assert nearest_ratio(train, points, torch.tensor([0, 1, 2, 0])).tolist() == [
+            1,  # on examples of both classes
+            pytest.approx(0.25 / 0.75),
+            math.inf,  # no example of the predicted class
+            1,
+        ]
+
+    def test_features_are_what_enters_the_last_layer(self) -> None:
+        """A first layer that drops a coordinate: on features it does not count, on inputs it does."""
+        model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 2))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.tensor([[1.0, 0.0]]))
+            model[1].weight.copy_(torch.tensor([[-1.0], [1.0]]))
+            model[1].bias.copy_(torch.tensor([5.0, -5.0]))
+        x, y = torch.tensor([[0.0, 0.0], [0.2, 0.0], [1.0, 1.0], [0.8, 1.0]]), torch.tensor([0, 0, 1, 1])
+        subject = Subject(model.eval(), Examples(x, y), Examples(x, y))
+        inputs = torch.tensor([[0.1, 1.0]])
+        logits = subject.predict(inputs)
+        queries = Queries(torch.arange(1), inputs, torch.zeros(1).long(), logits, Pairs.of(logits))
+        scores = baselines(subject, queries)
+        assert scores["trust score"].item() == pytest.approx(-0.7 / math.hypot(0.1, 1), rel=1e-5)
+        assert scores["trust score on features"].item() == pytest.approx(-7, rel=1e-5)
+        assert scores["nearest-neighbour ratio"].item() == pytest.approx(1 / 7, rel=1e-5)
 
 
 def outcome(m: int = 400, rate: float = 0.2, seed: int = 9) -> Tensor:

@@ -17,13 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from brittle.agreement.baselines import baselines, extrapolated_margin, first_order_distance
+from brittle.agreement.baselines import extrapolated_margin
 from brittle.agreement.compare import By, compare
 from brittle.findings import FailureKind, TargetAgreement
 from brittle.probes import Family
-from brittle.records import AttackRows, Queries, ShiftMap
+from brittle.records import AttackRows, Norm, ShiftMap
 from brittle.scores import severity_scores
-from brittle.subject import Subject
 
 STEEPEST = "margin gradient"
 """The family along which our prediction of the adversarial distance looks."""
@@ -64,9 +63,9 @@ def settle(contest: Contest, generator: torch.Generator, resamples: int = 1000) 
     )
 
 
-def natural_errors(subject: Subject, queries: Queries, ours: Mapping[str, Tensor]) -> Contest:
-    """Errors on the inputs as they are. ours: our scores, the named one first."""
-    return _contest("natural", "natural errors", "auroc", ours, baselines(subject, queries), ~queries.right, None)
+def natural_errors(wrong: Tensor, ours: Mapping[str, Tensor], plain: Mapping[str, Tensor]) -> Contest:
+    """Errors on the inputs as they are. wrong: (M,) bool; ours: our scores, the named one first; plain: baselines."""
+    return _contest("natural", "natural errors", "auroc", ours, plain, wrong, None)
 
 
 def probe_failures(
@@ -93,23 +92,22 @@ def probe_failures(
 
 
 def attack_distances(
-    subject: Subject,
-    queries: Queries,
     envelopes: Sequence[AttackRows],
     shift: ShiftMap,
     support: Tensor,
-    plain: Mapping[str, Tensor],
+    plain: Mapping[Norm, Mapping[str, Tensor]],
 ) -> list[Contest]:
-    """The smallest adversarial distance over all attacks, in each norm. queries: right when clean.
+    """The smallest adversarial distance over all attacks, in each norm.
 
-    plain: the baselines of the queries; only the first-order distance depends on the norm.
+    Args:
+        shift: of queries that are right when clean, as all that follows.
+        plain: the baselines in each norm.
     """
     found, predicted = [], severity_scores(shift)
     for rows in envelopes:
-        ours = {"predicted distance": predicted[STEEPEST], "lack of support": support}
-        first_order = first_order_distance(subject, queries.inputs, queries.logits, rows.norm)
-        others, name = {**plain, "first-order distance": -first_order}, f"{NORM_NAMES[rows.norm]} distance"
-        found.append(_contest("attack", name, "spearman", ours, others, rows.success, rows.distance.double()))
+        ours, name = {"predicted distance": predicted[STEEPEST], "lack of support": support}, NORM_NAMES[rows.norm]
+        outcome = (rows.success, rows.distance.double())
+        found.append(_contest("attack", f"{name} distance", "spearman", ours, plain[rows.norm], *outcome))
     return found
 
 

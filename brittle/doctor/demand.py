@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from brittle.accounts import FINE_NODES, FINE_SEGMENTS, SAMPLE_FAMILIES, SAMPLE_QUERIES
-from brittle.agreement.baselines import RIVALS
+from brittle.agreement.baselines.gradients import RIVALS
 from brittle.attacks.plan import candidates, most_evaluations
 from brittle.doctor.check import Visit
 from brittle.doctor.gradients import FIRST
@@ -186,7 +186,7 @@ class Demand:
 
     def _agreement(self, speed: Speed) -> float:
         late = LATE_STATES * (self.natural + self.queries * (1 + self.families)) if self.known.steps else 0
-        slopes = min(RIVALS, self.classes - 1) * (self.natural + 3 * self.queries)
+        slopes = (min(RIVALS, self.classes - 1) + 2 + self.evaluations) * (self.natural + self.queries)
         compared = self.natural + self.queries * (self.families + 2)
         return (
             self.natural * self.evaluations * speed.gradient

@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from brittle.agreement.baselines import trust_score
+from brittle.agreement.baselines.neighbours import trust_score
 from brittle.attacks.apgd import auto_pgd
 from brittle.attacks.plan import default_epsilon
 from brittle.attacks.problem import Problem

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from brittle.agreement import baselines, overall
+from brittle.agreement.baselines import gradient_passes, gradient_scores
 from brittle.agreement.contests import Contest, attack_distances, natural_errors, probe_failures, settle
 from brittle.attacks.envelope import envelope
 from brittle.findings import Agreement, ExampleSuggestion, Hole, RetrainCheck, Suggestions
@@ -16,7 +17,7 @@ from brittle.kernel.memory import Memory, mass
 from brittle.outcomes import Observed
 from brittle.pipeline.context import NORMS, Context
 from brittle.probes import MAP_SHARES
-from brittle.records import AttackRows, Progress, ShiftMap
+from brittle.records import AttackRows, Norm, Progress, ShiftMap
 from brittle.scores import lack_of_support, late_path, late_path_at_reference, late_probabilities, severity_scores
 from brittle.shift import probe_inputs
 from brittle.stages import Spend
@@ -37,11 +38,14 @@ def agreement(
 
     def compute(tick: Progress, spend: Spend) -> dict[str, Any]:
         under_probes = {name: score[right] for name, score in probe_scores(c, ours, support).items()}
-        plain = baselines(c.subject, sealed[right])
+        plain, by_norm = plain_scores(c, memory, spend)
+        under_attack = {
+            norm: {name: score[right] for name, score in scores.items()} for norm, scores in by_norm.items()
+        }
         held = [
-            natural_errors(c.subject, c.split.natural, natural_scores(c, memory, tick, spend)),
-            *probe_failures(c.families, ours[right], under_probes, severity[right], plain),
-            *attack_distances(c.subject, sealed[right], envelopes, ours[right], support[right], plain),
+            natural_errors(~c.split.natural.right, natural_scores(c, memory, tick, spend), plain),
+            *probe_failures(c.families, ours[right], under_probes, severity[right], under_attack["l2"]),
+            *attack_distances(envelopes, ours[right], support[right], under_attack),
         ]
         settled = []
         for contest in held:
@@ -51,6 +55,19 @@ def agreement(
 
     found = c.stages("agreement", "comparing predictions with outcomes", compute)
     return found["contests"], Agreement.model_validate(found["agreement"])
+
+
+def plain_scores(c: Context, memory: Memory, spend: Spend) -> tuple[dict[str, Tensor], dict[Norm, dict[str, Tensor]]]:
+    """The baselines of the natural queries, and of the sealed ones, the first of them, in each norm of the attacks.
+
+    The descent among them takes as many gradient passes as the mass of an input.
+    """
+    natural, sealed, passes = c.split.natural, c.split.sealed, memory.evaluations
+    plain = baselines(c.subject, natural, passes=passes)
+    first = {name: score[: len(sealed)] for name, score in plain.items()}
+    other = gradient_scores(c.subject, sealed, "linf", passes)
+    spend(gradient_passes(c.subject, passes) * (len(natural) + len(sealed)))
+    return plain, {"l2": first, "linf": {**first, **other}}
 
 
 def natural_scores(c: Context, memory: Memory, tick: Progress, spend: Spend) -> dict[str, Tensor]:
