@@ -608,7 +608,19 @@ class TestRates:
         truth = torch.sigmoid(1.5 * score - 1)
         failed = torch.rand(20_000, generator=seeded(3), dtype=torch.float64) < truth
         at = torch.linspace(-2, 2, 9, dtype=torch.float64)
-        torch.testing.assert_close(calibrate(score, failed)(at), torch.sigmoid(1.5 * at - 1), atol=0.03, rtol=0)
+        torch.testing.assert_close(calibrate(score, failed)(at), torch.sigmoid(1.5 * at - 1), atol=0.06, rtol=0)
+
+    def test_calibration_recovers_a_cliff(self) -> None:
+        """Failures that begin at once keep their rates on either side: no slope is taken for granted."""
+        score = normal(2000)
+        failed = torch.rand(2000, generator=seeded(3), dtype=torch.float64) < torch.where(score > 1, 0.95, 0.1)
+        found = calibrate(score, failed)(torch.tensor([-1.0, 0.5, 1.5, 2.5]))
+        torch.testing.assert_close(found, torch.tensor([0.1, 0.1, 0.95, 0.95]).double(), atol=0.06, rtol=0)
+
+    def test_three_failures_are_no_certainty_and_no_score_is_no_rate(self) -> None:
+        rate = calibrate(torch.arange(30.0), torch.arange(30) >= 27)
+        assert 0.7 < rate(torch.tensor([40.0])).item() < 0.9
+        assert rate(torch.zeros(0)).shape == (0,)
 
     @settings(max_examples=25, deadline=None)
     @given(st.integers(0, 1000), st.sampled_from([lambda s: s, torch.exp, lambda s: s**3]))
@@ -617,7 +629,7 @@ class TestRates:
         failed = normal(120, seed=seed + 1) + score > 1
         failed[:2] = torch.tensor([True, False])
         rate = calibrate(change(score), failed)
-        assert rate(change(score)).mean().item() == pytest.approx(failed.double().mean().item(), abs=2e-3)
+        assert rate(change(score)).mean().item() == pytest.approx(failed.double().mean().item(), abs=1 / 120)
         along = rate(change(torch.linspace(-9, 9, 50, dtype=torch.float64)))
         assert (along.diff() >= -1e-12).all()
         assert ((along > 0) & (along < 1)).all()
@@ -628,7 +640,7 @@ class TestRates:
         failed = torch.rand(100, generator=seeded()) < torch.cat(
             [torch.full((50,), 0.05), torch.linspace(0.3, 0.9, 50)]
         )
-        rate = calibrate(score, failed)(torch.tensor([-math.inf, -3.0, 0.0, math.inf]))
+        rate = calibrate(score, failed)(torch.tensor([-math.inf, -1.5, 0.0, math.inf]))
         assert (rate.diff()[:2] > 0).all()
         assert rate[0] < 0.15
 

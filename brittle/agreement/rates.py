@@ -1,18 +1,20 @@
 """Failure rates, predicted and observed: a calibrated score, and a hole held against what happened.
 
-The calibrator is a logistic curve over the score's normal quantiles in the calibration sample. Quantiles make it
-indifferent to the score's scale and to its tails, infinities included; an L2 penalty on the slope keeps few
-failures from making a cliff; the intercept is free, so that predicted rates add up to the observed failures.
+The calibrator is isotonic: of all curves that never fall as the score rises, the one with the least squared error,
+by pooling adjacent violators (M. Ayer and others, 1955, doi 10.1214/aoms/1177728423; B. Zadrozny and C. Elkan, 2002,
+doi 10.1145/775047.775151). It takes no shape for granted, which matters where failures begin at a cliff: on the
+digits, 97 % of the sealed probes fail whose predicted severity is below three quarters of the reference, 18 % of those
+up to half as far beyond it, and a logistic curve over normal quantiles, bound to its one slope, said 67 % and 31 %. An
+input that fails at the base rate, added beyond either end of the sample, keeps a few failures from making certainty.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import QuantileTransformer
+from sklearn.isotonic import IsotonicRegression
 from torch import Tensor
 
 from brittle.agreement.metrics import wilson
@@ -48,12 +50,13 @@ def calibrate(score: Tensor, failed: Tensor) -> Callable[[Tensor], Tensor]:
     if failed.all() or not failed.any():
         return constant
     low, high = _range(score)
-    column = lambda scores: scores.double().clamp(low, high)[:, None].numpy()  # noqa: E731
-    quantiles = QuantileTransformer(n_quantiles=min(100, len(score)), output_distribution="normal")
-    curve = make_pipeline(quantiles, LogisticRegression()).fit(column(score), failed.numpy())
-    if curve[-1].coef_.item() <= 0:
+    x = torch.cat([score.new_tensor([low, high]), score.clamp(low, high)]).double()
+    y = torch.cat([torch.tensor([flat, flat]), failed.double()])
+    curve = IsotonicRegression().fit(x.numpy(), y.numpy())
+    if len(np.unique(curve.predict(x[2:].numpy()))) == 1:
         return constant
-    return lambda scores: torch.from_numpy(curve.predict_proba(column(scores))[:, 1])
+    at, rates = curve.X_thresholds_, curve.y_thresholds_
+    return lambda scores: torch.from_numpy(np.interp(scores.double().clamp(low, high).numpy(), at, rates))
 
 
 def hole_test(members: int, failures: int, base_rate: float) -> HoleTest:
