@@ -32,6 +32,10 @@ class Estimate(Record):
     high: float | None
 
 
+NOTHING = Estimate(value=None, low=None, high=None)
+"""The estimate of what could not be estimated."""
+
+
 class SubjectFacts(Record):
     """What was audited."""
 
@@ -252,6 +256,25 @@ class ScoreResult(Record):
     spearman: Estimate = Field(
         description="with the distance or failure severity; for natural errors with the error itself"
     )
+    kendall: Estimate = Field(default=NOTHING, description="tau-b, with what Spearman's coefficient is taken with")
+    fpr95: Estimate = Field(
+        default=NOTHING, description="share of false alarms where 95 % of failures are caught; lower is better"
+    )
+    e_aurc: Estimate = Field(
+        default=NOTHING,
+        description="failure rate of what is kept, mean over coverage, less that of the ideal order; lower is better",
+    )
+    augrc: Estimate = Field(
+        default=NOTHING,
+        description="share of inputs kept and failing, mean over coverage; lower is better; orders as AUROC does",
+    )
+    gain: Estimate | None = Field(
+        default=None, description="deciding figure minus the best baseline's, paired bootstrap; for our scores"
+    )
+    p: float | None = Field(
+        default=None, description="bootstrap p-value of that gain, two-sided; None where failures are too few to decide"
+    )
+    p_holm: float | None = Field(default=None, description="the same by Holm's correction over our scores of this kind")
 
 
 class TargetAgreement(Record):
@@ -281,6 +304,7 @@ class Agreement(Record):
     verdict: Verdict
     sentence: str
     targets: list[TargetAgreement]
+    meanings: dict[str, str] = Field(default={}, description="one sentence a score, by name: what it says of an input")
 
 
 class RegionSuggestion(Record):

@@ -21,8 +21,9 @@ from brittle.agreement.baselines import first_order_distance, gradient_scores
 from brittle.agreement.baselines.gradients import input_gradient_norm, lead_after, typical
 from brittle.agreement.baselines.neighbours import nearest_ratio, trust_score
 from brittle.agreement.baselines.outputs import entropy, output_scores, softmax_confidence
+from brittle.agreement.meanings import MEANINGS
 from brittle.agreement.metrics import (
-    NOTHING,
+    Resampled,
     augrc,
     aurc,
     auroc,
@@ -30,13 +31,14 @@ from brittle.agreement.metrics import (
     bootstrap,
     e_aurc,
     fpr95,
+    holm,
     kendall,
     resample_weights,
     spearman,
 )
 from brittle.data import Examples
 from brittle.errors import DataError, NotFiniteError
-from brittle.findings import Estimate, HoleTest, TargetAgreement
+from brittle.findings import NOTHING, Estimate, HoleTest, TargetAgreement
 from brittle.records import Norm, Pairs, Queries, ShiftMap
 from brittle.subject import Subject
 
@@ -206,6 +208,30 @@ class TestIntervals:
         for p in (estimate.low, estimate.high):
             assert p is not None
             assert abs(count / total - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / total), abs=1e-6)
+
+    def test_chance_goes_with_the_interval(self) -> None:
+        """Of 100 resamples 2 lie below 0 and one on it: p = 2 (1 + 3) / 101; all above: 2 / 101."""
+        resamples = torch.cat([torch.full((2,), -1.0), torch.zeros(1), torch.full((97,), 1.0)]).double()
+        assert Resampled(0.9, resamples).chance == pytest.approx(8 / 101)
+        assert Resampled(-0.9, -resamples).chance == pytest.approx(8 / 101)
+        assert Resampled(1.0, torch.ones(100)).chance == pytest.approx(2 / 101)
+        assert Resampled(0.0, torch.zeros(100)).chance == 1
+        assert Resampled(math.nan, torch.zeros(0)).chance is None
+
+    def test_chance_is_below_a_level_about_that_often(self) -> None:
+        """The difference of two scores equally good, 200 draws: 10 are expected below .05."""
+        below = 0
+        for seed in range(200):
+            failed = outcome(150, 0.3, seed)
+            weights = resample_weights(failed, 200, seeded(seed))
+            one, other = (bootstrap(auroc, failed + normal(150, seed=1000 * k + seed), failed, weights) for k in (1, 2))
+            below += ((one - other).chance or 1) < 0.05
+        assert 2 <= below <= 20
+
+    def test_holm_by_hand(self) -> None:
+        assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+        assert holm([0.02, None, 0.9, 0.6]) == [pytest.approx(0.06), None, 1, 1]
+        assert holm([]) == []
 
     def test_wilson_of_nothing(self) -> None:
         assert wilson(0, 0) == NOTHING
@@ -497,6 +523,25 @@ class TestCompare:
         assert target.best_ours == "lucky"
         assert target.verdict == "fail"
 
+    def test_each_of_our_scores_is_told_from_the_best_baseline_with_holms_correction(self) -> None:
+        failed = outcome()
+        scores = {
+            "mass": failed + normal(400, seed=1),
+            "other": failed + 0.5 * normal(400, seed=2),
+            "lost": failed + 4 * normal(400, seed=3),
+            "margin": failed + normal(400, seed=4),
+        }
+        target = held(scores, failed, ours=["mass", "other", "lost"])
+        mass, other, lost, margin = target.scores
+        assert mass.gain == target.gain
+        for score in (mass, other, lost):
+            assert score.gain is not None
+            assert score.gain.value == pytest.approx(score.auroc.value - margin.auroc.value)
+        assert [s.p_holm for s in (mass, other, lost)] == holm([s.p for s in (mass, other, lost)])
+        assert other.p == lost.p == pytest.approx(2 / 201)
+        assert other.p_holm == pytest.approx(6 / 201)
+        assert (margin.gain, margin.p, margin.p_holm) == (None, None, None)
+
     def test_a_score_that_is_no_better_seldom_passes(self) -> None:
         """Over 100 draws of two scores equally good, at most a few pass: 2.5 are expected."""
         verdicts = []
@@ -513,7 +558,8 @@ class TestCompare:
         assert target.verdict == "inconclusive"
         assert target.gain == NOTHING
         for score in target.scores:
-            assert score.auroc == score.average_precision == NOTHING
+            assert score.auroc == score.average_precision == score.fpr95 == score.e_aurc == score.augrc == NOTHING
+            assert score.p is score.p_holm is None
         assert f"{failures} failures among 400 inputs no score can be told" in target.sentence
 
     @pytest.mark.parametrize("m", [0, 1])
@@ -529,6 +575,8 @@ class TestCompare:
         assert target.gain.low > 0
         assert target.verdict == "inconclusive"
         assert "too few to decide" in target.sentence
+        assert target.scores[0].gain == target.gain
+        assert target.scores[0].p is None
 
     def test_distances_are_compared_by_spearman(self) -> None:
         """All inputs fooled: AUROC says nothing, and a score that falls with the distance has Spearman 1."""
@@ -539,7 +587,8 @@ class TestCompare:
         target = held(scores, failed, severity=distance, by="spearman")
         mass = target.scores[0]
         assert mass.auroc == NOTHING
-        assert mass.spearman.value == pytest.approx(1)
+        assert mass.spearman.value == mass.kendall.value == pytest.approx(1)
+        assert target.decided_by == "spearman"
         assert target.verdict == "pass"
         assert "(Spearman 1.000)" in target.sentence
         assert held(scores, failed, severity=distance).verdict == "inconclusive"
@@ -600,6 +649,28 @@ class TestOverall:
             "the best baseline on none, falls behind it on 2 (blur, noise), and neither is shown on 1."
         )
         assert (agreement.inputs, agreement.targets) == (20, targets)
+        named = targets[0].model_copy(
+            update={"scores": [s.model_copy(update={"name": "entropy"}) for s in targets[0].scores]}
+        )
+        assert overall([named, *targets], 20).meanings == {"entropy": MEANINGS["entropy"]}
+
+    def test_every_score_has_a_meaning(self) -> None:
+        torch.manual_seed(0)
+        subject = subject_of(nn.Linear(6, 4), 6, 4)
+        ours = {
+            "late path",
+            "late path at the reference",
+            "lack of support",
+            "predicted severity",
+            "predicted distance",
+        }
+        assert {
+            *baselines(subject, queries_of(subject)),
+            "extrapolated margin",
+            *ours,
+            "predicted severity",
+            "predicted distance",
+        } == set(MEANINGS)
 
 
 class TestRates:

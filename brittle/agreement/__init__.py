@@ -1,7 +1,8 @@
 """Agreement: predicted failures held against observed ones, beside what a user would compute anyway.
 
-metrics      AUROC, average precision and Spearman with paired, stratified intervals; Wilson
-baselines    softmax confidence, logit margin, first-order distance, trust score, extrapolated margin
+metrics      how well scores rank and part failures, with paired, stratified intervals; Holm, Wilson
+baselines    what outputs, input gradients and neighbours in the training data say by themselves
+meanings     a sentence for every score
 rates        calibrated failure rates; a hole against its observed failures
 compare      one kind of failure, all scores, one verdict; and the verdict over all kinds
 """

@@ -2,24 +2,32 @@
 
 The deciding figure is the difference between *one* score of ours, named before the outcomes are seen, and the best
 baseline on the same inputs. The best baseline is chosen with the outcomes in sight, which can only cost us. The
-verdict follows from the interval of that difference and from nothing else.
+verdict follows from the interval of that difference and from nothing else. Beside it every score of ours has its own
+difference, with a p-value corrected for their number (Holm).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from scipy.stats import binom
 from torch import Tensor
 
+from brittle.agreement.meanings import MEANINGS
 from brittle.agreement.metrics import (
+    Metric,
     Resampled,
+    augrc,
     auroc,
     average_precision,
     bootstrap,
+    e_aurc,
+    fpr95,
+    holm,
+    kendall,
     resample_weights,
     spearman,
 )
@@ -27,6 +35,18 @@ from brittle.errors import DataError, NotFiniteError
 from brittle.findings import Agreement, Estimate, FailureKind, ScoreResult, TargetAgreement, Verdict
 
 UNDEFINED = Resampled(math.nan, torch.zeros(0))
+
+SEPARATING: Mapping[str, Metric] = {
+    "auroc": auroc,
+    "average_precision": average_precision,
+    "fpr95": fpr95,
+    "e_aurc": e_aurc,
+    "augrc": augrc,
+}
+"""Figures of how a score parts failures from the others."""
+
+RANKING: Mapping[str, Metric] = {"spearman": spearman, "kendall": kendall}
+"""Figures of how a score follows the distance or severity."""
 
 By = Literal["auroc", "spearman"]
 
@@ -66,8 +86,14 @@ def compare(
     figures = {score: _figures(values, failed, observed, weights) for score, values in scores.items()}
     deciding = {score: figure[by] for score, figure in figures.items()}
     best_baseline = _best(deciding, [score for score in scores if score not in ours])
-    gain = (deciding[named] - deciding[best_baseline]).estimate
-    verdict = _verdict(gain) if _enough(failed, by) else "inconclusive"
+    gains = {score: deciding[score] - deciding[best_baseline] for score in ours}
+    gain, enough = gains[named].estimate, _enough(failed, by)
+    verdict = _verdict(gain) if enough else "inconclusive"
+    chances = [gains[score].chance if enough else None for score in ours]
+    tested = {
+        score: {"gain": gains[score].estimate, "p": p, "p_holm": adjusted}
+        for score, p, adjusted in zip(ours, chances, holm(chances), strict=True)
+    }
     count = int(failed.sum())
     return TargetAgreement(
         kind=kind,
@@ -75,7 +101,8 @@ def compare(
         inputs=len(failed),
         failures=count,
         prevalence=count / len(failed) if len(failed) else 0.0,
-        scores=[_result(score, score in ours, figure) for score, figure in figures.items()],
+        scores=[_result(score, figure, tested.get(score)) for score, figure in figures.items()],
+        decided_by=by,
         best_ours=_best(deciding, ours),
         best_baseline=best_baseline,
         gain=gain,
@@ -109,7 +136,9 @@ def overall(targets: Sequence[TargetAgreement], inputs: int) -> Agreement:
         f"{summary}: of {len(targets)} kinds of failure it beats the best baseline on {_listed(won)}, falls behind "
         f"it on {_listed(lost)}, and neither is shown on {len(targets) - len(won) - len(lost)}."
     )
-    return Agreement(inputs=inputs, verdict=verdict, sentence=sentence, targets=list(targets))
+    names = dict.fromkeys(score.name for target in targets for score in target.scores)
+    meanings = {name: MEANINGS[name] for name in names if name in MEANINGS}
+    return Agreement(inputs=inputs, verdict=verdict, sentence=sentence, targets=list(targets), meanings=meanings)
 
 
 def _check(
@@ -133,17 +162,18 @@ def _check(
 
 
 def _figures(values: Tensor, failed: Tensor, observed: Tensor, weights: Tensor) -> dict[str, Resampled]:
-    """The three figures of one score; with fewer than two failures or two others only Spearman can be resampled."""
+    """All figures of one score; with fewer than two failures or two others only rank correlation can be resampled."""
     split = min(int(failed.sum()), int((~failed).sum())) >= 2
-    return {
-        "auroc": bootstrap(auroc, values, failed, weights) if split else UNDEFINED,
-        "average_precision": bootstrap(average_precision, values, failed, weights) if split else UNDEFINED,
-        "spearman": bootstrap(spearman, values, observed, weights),
+    separating = {
+        name: bootstrap(metric, values, failed, weights) if split else UNDEFINED for name, metric in SEPARATING.items()
     }
+    return separating | {name: bootstrap(metric, values, observed, weights) for name, metric in RANKING.items()}
 
 
-def _result(name: str, ours: bool, figures: Mapping[str, Resampled]) -> ScoreResult:
-    return ScoreResult(name=name, ours=ours, **{figure: resampled.estimate for figure, resampled in figures.items()})
+def _result(name: str, figures: Mapping[str, Resampled], tested: Mapping[str, Any] | None) -> ScoreResult:
+    """tested: the gain of a score of ours and what chance has to do with it; None for a baseline."""
+    estimates: dict[str, Any] = {figure: resampled.estimate for figure, resampled in figures.items()}
+    return ScoreResult(name=name, ours=tested is not None, **estimates, **(tested or {}))
 
 
 def _best(deciding: Mapping[str, Resampled], names: Sequence[str]) -> str:

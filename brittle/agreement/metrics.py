@@ -26,20 +26,17 @@ Classification Systems, J. Traub and others, 2024, https://arxiv.org/abs/2407.01
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from brittle.findings import Estimate
+from brittle.findings import NOTHING, Estimate
 
 Metric = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(scores (M,), what was observed (M,), weights (M, R)) -> (R,)."""
-
-NOTHING = Estimate(value=None, low=None, high=None)
-"""The estimate of what could not be estimated."""
 
 CHUNK = 1 << 18
 """Weights that a metric looks at together; larger takes more memory, the result is the same."""
@@ -74,6 +71,19 @@ class Resampled:
             return NOTHING
         low, high = torch.quantile(defined, defined.new_tensor([0.025, 0.975])).tolist()
         return Estimate(value=self.value, low=low, high=high)
+
+    @property
+    def chance(self) -> float | None:
+        """Two-sided p-value of the figure being 0: twice the smaller share of resamples on either side, 0 counting as
+        both; so that p < .05 where the 95 % interval leaves out 0. Never below 2 / (R + 1); None where not defined.
+
+        Source: Bootstrap Methods and Their Application, A. Davison and D. Hinkley, 1997, section 4.4.
+        """
+        defined = self.resamples[self.resamples.isfinite()]
+        if not math.isfinite(self.value) or not len(defined):
+            return None
+        fewer = min(int((defined <= 0).sum()), int((defined >= 0).sum()))
+        return min(1.0, 2 * (1 + fewer) / (len(defined) + 1))
 
 
 def auroc(scores: Tensor, failed: Tensor, weights: Tensor) -> Tensor:
@@ -115,17 +125,16 @@ def kendall(scores: Tensor, observed: Tensor, weights: Tensor) -> Tensor:
     Args:
         scores, observed: (M,); infinite values tie.  weights: (M, R), whole numbers.
 
-    Cost: M M R products; a second on one core for 2,000 inputs and 1,000 resamples.
+    Cost: M M R products; half a second on one core for 2,000 inputs and 1,000 resamples.
     """
     x, y = (v.unique(return_inverse=True)[1].float() for v in (scores, observed))  # places, so that infinities tie
-    w = weights.float()  # exact for whole numbers below 2^24
-    pairs = weights.new_zeros(3, weights.shape[1])  # in order less out of order; distinct in scores; in what was seen
+    ordered = weights.new_zeros(weights.shape[1])
     for rows in torch.arange(len(x)).split(max(1, SIGNS // max(1, len(x)))):
-        one, other = (torch.sign(v[rows, None] - v) for v in (x, y))  # shape: (rows, M)
-        for k, sign in enumerate((one * other, one * one, other * other)):
-            pairs[k] += (weights[rows] * (sign @ w)).sum(0)
-    spread = pairs[1] * pairs[2]
-    return pairs[0] / torch.where(spread > 0, spread, torch.nan).sqrt()
+        sign = torch.sign(x[rows, None] - x) * torch.sign(y[rows, None] - y)  # shape: (rows, M)
+        ordered += (weights[rows] * (sign @ weights.float())).sum(0)  # float32 is exact for whole numbers below 2^24
+    distinct = [weights.sum(0) ** 2 - (_by_score(v, weights)[0] ** 2).sum(0) for v in (scores, observed)]
+    spread = distinct[0] * distinct[1]
+    return ordered / torch.where(spread > 0, spread, torch.nan).sqrt()
 
 
 def fpr95(scores: Tensor, failed: Tensor, weights: Tensor) -> Tensor:
@@ -186,6 +195,22 @@ def resample_weights(strata: Tensor, resamples: int, generator: torch.Generator)
         drawn = torch.randint(len(rows), (len(rows), resamples), generator=generator)
         weights[rows] = torch.zeros(drawn.shape).scatter_add_(0, drawn, torch.ones(drawn.shape))
     return weights
+
+
+def holm(chances: Sequence[float | None]) -> list[float | None]:
+    """Holm's correction: p-values such that rejecting those below a level errs in any one no more often than that.
+
+    The k-th smallest of m becomes the largest so far of (m - k + 1) p; None stays None and does not count.
+
+    Source: A Simple Sequentially Rejective Multiple Test Procedure, S. Holm, 1979, Scand. J. Statist. 6, 65-70.
+    """
+    told = sorted((p, place) for place, p in enumerate(chances) if p is not None)
+    adjusted: list[float | None] = [None] * len(chances)
+    most = 0.0
+    for k, (p, place) in enumerate(told):
+        most = max(most, min(1.0, (len(told) - k) * p))
+        adjusted[place] = most
+    return adjusted
 
 
 def wilson(count: int, total: int) -> Estimate:

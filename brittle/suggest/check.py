@@ -13,10 +13,9 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from brittle.agreement.metrics import NOTHING
 from brittle.data import Examples
 from brittle.errors import SubjectError
-from brittle.findings import Estimate, RetrainCheck, Verdict
+from brittle.findings import NOTHING, Estimate, RetrainCheck, Verdict
 from brittle.subject import Retrain, Subject
 
 Score = Callable[[nn.Module], tuple[float, float]]
