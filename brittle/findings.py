@@ -187,11 +187,37 @@ class HoleTest(Record):
         description="failure rate of the same family over all test inputs that are right when clean"
     )
     lift: float | None
-    verdict: Verdict = Field(description="pass: the observed interval lies above the base rate")
+    verdict: Verdict = Field(
+        description="pass: the corrected p is at most 0.05 and the observed interval lies above the base rate; "
+        "fail: it lies below"
+    )
+    predicted_rate: float | None = Field(default=None, description="predicted failure rate of these members")
+    predicted_within: bool | None = Field(default=None, description="it lies in the interval of the observed rate")
+    least_confident: Estimate | None = Field(
+        default=None, description="failure rate of as many of the least confident inputs, under the same families"
+    )
+    least_confident_of_class: Estimate | None = Field(
+        default=None, description="the same with as many of each predicted class as the hole has"
+    )
+    random: Estimate | None = Field(
+        default=None,
+        description="mean failure rate of 1,000 random regions of the same size, predicted class, confidence and "
+        "families, and the range that holds 95 % of them",
+    )
+    random_of_class: Estimate | None = Field(default=None, description="the same without regard to confidence")
+    p_value: float | None = Field(
+        default=None, description="share of random regions of the same class and confidence that fail as often"
+    )
+    p_value_of_class: float | None = Field(default=None, description="the same without regard to confidence")
+    corrected: float | None = Field(
+        default=None,
+        description="p_value by Benjamini and Hochberg over the holes of the run; none where the hole could not have "
+        "passed, whatever had happened",
+    )
 
 
 class Hole(Record):
-    """A predicted failure region with place, direction, size and support; test is None until it was tested."""
+    """A predicted failure region with place, direction, size and support: a finding only where it passed its test."""
 
     id: int
     title: str
@@ -208,6 +234,9 @@ class Hole(Record):
     )
     predicted_rate: Estimate = Field(description="predicted failure rate of its members at the reference severity")
     test: HoleTest | None = None
+    status: Literal["finding", "hypothesis"] = Field(
+        default="hypothesis", description="finding: the test passed; hypothesis: it is not shown"
+    )
 
 
 class AttackResult(Record):

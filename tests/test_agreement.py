@@ -16,7 +16,7 @@ from scipy.stats import kendalltau, spearmanr
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor, nn
 
-from brittle.agreement import baselines, calibrate, compare, extrapolated_margin, hole_test, metrics, overall, wilson
+from brittle.agreement import baselines, calibrate, compare, extrapolated_margin, metrics, overall, wilson
 from brittle.agreement.baselines import first_order_distance, gradient_scores
 from brittle.agreement.baselines.gradients import input_gradient_norm, lead_after, typical
 from brittle.agreement.baselines.neighbours import nearest_ratio, trust_score
@@ -38,7 +38,7 @@ from brittle.agreement.metrics import (
 )
 from brittle.data import Examples
 from brittle.errors import DataError, NotFiniteError
-from brittle.findings import NOTHING, Estimate, HoleTest, TargetAgreement
+from brittle.findings import NOTHING, Estimate, TargetAgreement
 from brittle.records import Norm, Pairs, Queries, ShiftMap
 from brittle.subject import Subject
 
@@ -736,16 +736,3 @@ class TestRates:
             calibrate(torch.zeros(0), torch.zeros(0, dtype=torch.bool))
         with pytest.raises(NotFiniteError, match="NaN at 1 inputs"):
             calibrate(torch.tensor([math.nan, 1.0]), torch.tensor([True, False]))
-
-    def test_a_hole_passes_above_the_base_rate(self) -> None:
-        verdicts = {(k, base): hole_test(20, k, base).verdict for k in (0, 6, 15) for base in (0.2, 0.4)}
-        assert [verdicts[15, base] for base in (0.2, 0.4)] == ["pass", "pass"]
-        assert [verdicts[6, base] for base in (0.2, 0.4)] == ["inconclusive", "inconclusive"]
-        assert [verdicts[0, base] for base in (0.2, 0.4)] == ["fail", "fail"]
-        assert hole_test(20, 6, 0.2).lift == pytest.approx(1.5)
-        assert hole_test(20, 6, 0.2).observed_rate == wilson(6, 20)
-
-    def test_a_hole_without_members_or_without_a_base(self) -> None:
-        empty = HoleTest(members=0, failures=0, observed_rate=NOTHING, base_rate=0.1, lift=None, verdict="inconclusive")
-        assert hole_test(0, 0, 0.1) == empty
-        assert hole_test(5, 3, 0.0).lift is None

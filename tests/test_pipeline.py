@@ -197,7 +197,16 @@ def test_holes_are_tested_on_sealed_queries_that_are_right(rows: list[dict[str, 
         assert hole.test is not None
         assert hole.test.members == len({row["query"] for row in own})
         assert sum(n == len(hole.families) for n in failed.values()) <= hole.test.failures <= len(failed)
+        assert (hole.status == "finding") == (hole.test.verdict == "pass")
     assert sum(hole.test.members for hole in findings.holes if hole.test) > 0
+
+
+def test_predicted_rates_mean_what_is_observed(findings: Findings) -> None:
+    """Over the members of all holes together; a curve with one slope for every severity said .3 less than came."""
+    tests = [hole.test for hole in findings.holes if hole.test is not None]
+    members, failures = sum(t.members for t in tests), sum(t.failures for t in tests)
+    expected = sum(t.members * t.predicted_rate for t in tests if t.predicted_rate is not None)
+    assert expected / members == pytest.approx(failures / members, abs=0.2)
 
 
 def members_by_rule(rows: list[dict[str, str]]) -> dict[int, set[int]]:

@@ -3,13 +3,25 @@
 metrics      how well scores rank and part failures, with paired, stratified intervals; Holm, Wilson
 baselines    what outputs, input gradients and neighbours in the training data say by themselves
 meanings     a sentence for every score
-rates        calibrated failure rates; a hole against its observed failures
+rates        calibrated failure rates
+regions      holes against their observed failures, beside random regions and the least confident inputs
 compare      one kind of failure, all scores, one verdict; and the verdict over all kinds
 """
 
 from brittle.agreement.baselines import baselines, extrapolated_margin
 from brittle.agreement.compare import compare, overall
 from brittle.agreement.metrics import wilson
-from brittle.agreement.rates import calibrate, hole_test
+from brittle.agreement.rates import calibrate
+from brittle.agreement.regions import Claim, hole_tests, peers_of
 
-__all__ = ["baselines", "calibrate", "compare", "extrapolated_margin", "hole_test", "overall", "wilson"]
+__all__ = [
+    "Claim",
+    "baselines",
+    "calibrate",
+    "compare",
+    "extrapolated_margin",
+    "hole_tests",
+    "overall",
+    "peers_of",
+    "wilson",
+]

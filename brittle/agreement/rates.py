@@ -1,4 +1,4 @@
-"""Failure rates, predicted and observed: a calibrated score, and a hole held against what happened.
+"""Predicted failure rates: a score calibrated on what happened.
 
 The calibrator is isotonic: of all curves that never fall as the score rises, the one with the least squared error,
 by pooling adjacent violators (M. Ayer and others, 1955, doi 10.1214/aoms/1177728423; B. Zadrozny and C. Elkan, 2002,
@@ -17,12 +17,7 @@ import torch
 from sklearn.isotonic import IsotonicRegression
 from torch import Tensor
 
-from brittle.agreement.metrics import wilson
 from brittle.errors import DataError, NotFiniteError
-from brittle.findings import HoleTest, Verdict
-
-FEWEST_MEMBERS = 5
-"""Held-out members of a hole below which it is neither confirmed nor refuted."""
 
 
 def calibrate(score: Tensor, failed: Tensor) -> Callable[[Tensor], Tensor]:
@@ -57,25 +52,6 @@ def calibrate(score: Tensor, failed: Tensor) -> Callable[[Tensor], Tensor]:
         return constant
     at, rates = curve.X_thresholds_, curve.y_thresholds_
     return lambda scores: torch.from_numpy(np.interp(scores.double().clamp(low, high).numpy(), at, rates))
-
-
-def hole_test(members: int, failures: int, base_rate: float) -> HoleTest:
-    """A hole's observed failure rate, with its Wilson interval, against the base rate.
-
-    With fewer than `FEWEST_MEMBERS` there is no verdict: a single failure would pass.
-
-    Args:
-        members: held-out inputs that the hole's rule puts into it.  failures: how many of them failed.
-        base_rate: share of failures under the same families among all held-out inputs that are right when clean.
-    """
-    rate = wilson(failures, members)
-    verdict: Verdict = "inconclusive"
-    if rate.low is not None and rate.high is not None and members >= FEWEST_MEMBERS:
-        verdict = "pass" if rate.low > base_rate else "fail" if rate.high < base_rate else "inconclusive"
-    lift = rate.value / base_rate if rate.value is not None and base_rate > 0 else None
-    return HoleTest(
-        members=members, failures=failures, observed_rate=rate, base_rate=base_rate, lift=lift, verdict=verdict
-    )
 
 
 def _range(score: Tensor) -> tuple[float, float]:

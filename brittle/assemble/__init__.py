@@ -6,7 +6,7 @@ from brittle.assemble.attacked import attacks, norms_of
 from brittle.assemble.evidence import Evidence
 from brittle.assemble.facts import clean, fidelity, subject_facts, warnings
 from brittle.assemble.prediction import prediction
-from brittle.assemble.regions import hole_families, hole_findings, holes_of_queries
+from brittle.assemble.regions import failure_rate, hole_families, hole_findings, holes_of_queries
 from brittle.attacks.envelope import envelope
 from brittle.exhibits import figure_arrays, pictures, training_index
 from brittle.findings import Cost, Findings, Hole, Suggestions
@@ -15,7 +15,7 @@ from brittle.outcomes import attack_rows, failure_rows
 from brittle.report import render
 from brittle.runs import RunFolder
 
-__all__ = ["Evidence", "hole_families", "hole_findings", "write_run"]
+__all__ = ["Evidence", "failure_rate", "hole_families", "hole_findings", "write_run"]
 
 
 def write_run(e: Evidence, holes: list[Hole], suggestions: Suggestions, run: RunFolder, cost: Cost) -> Findings:

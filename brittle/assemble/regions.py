@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
-from brittle.agreement import hole_test
+from brittle.agreement import Claim, calibrate, hole_tests, peers_of
+from brittle.agreement.baselines.outputs import softmax_confidence
 from brittle.assemble.estimates import mean
 from brittle.assemble.evidence import Evidence
-from brittle.findings import Estimate, Hole
+from brittle.findings import Estimate, Hole, HoleTest
 from brittle.holes import Leak, Region, leak_of, membership
+from brittle.outcomes import Observed
 from brittle.probes import Family
+from brittle.records import Queries
 
 NAMED_ENDS = 3
 
@@ -22,11 +26,29 @@ def hole_families(families: Sequence[Family]) -> list[int]:
     return usual or list(range(len(families)))
 
 
-def hole_findings(e: Evidence) -> list[Hole]:
+def failure_rate(leak: Leak, observed: Observed, predict: Queries, families: Sequence[int]) -> Callable[..., Tensor]:
+    """From predicted shares to rates of failure by the reference, calibrated on the predicting queries.
+
+    A pair of a query that is right when clean and a family counts once, and has failed where that family makes it
+    wrong: what is counted of a hole's members too. leak, observed: of `predict`.
+    """
+    failed = observed.failed(predict.targets)[predict.right][:, families]
+    share = leak.share[predict.right][:, families]
+    rate = calibrate(-share.flatten().log(), failed.flatten())
+    return lambda shares: rate(-shares.log())
+
+
+def hole_findings(e: Evidence, generator: torch.Generator) -> list[Hole]:
     """Every hole with its test on the sealed queries that are right when clean."""
-    leak, sealed = leak_of(e.shift[e.first :], e.groups), e.split.sealed
-    failed = e.observed[e.first :].failed(sealed.targets)  # shape: (M, F)
-    return [_hole(e, number, region, leak, failed, sealed.right) for number, region in enumerate(e.holes)]
+    sealed, observed = e.split.sealed, e.observed[e.first :]
+    right = sealed.right
+    rate = failure_rate(
+        leak_of(e.shift[: e.first], e.groups), e.observed[: e.first], e.split.predict, hole_families(e.families)
+    )
+    leak = leak_of(e.shift[e.first :][right], e.groups)
+    peers = peers_of(sealed.pairs.predicted[right], -softmax_confidence(sealed.logits[right]), generator)
+    tests = hole_tests([_claim(r, leak, rate) for r in e.holes], observed.failed(sealed.targets)[right], peers)
+    return [_hole(e, number, *pair) for number, pair in enumerate(zip(e.holes, tests, strict=True))]
 
 
 def holes_of_queries(e: Evidence) -> list[list[int]]:
@@ -36,17 +58,17 @@ def holes_of_queries(e: Evidence) -> list[list[int]]:
     return [[number for number, rows in enumerate(inside) if rows[m]] for m in range(len(e.split.both))]
 
 
-def _hole(e: Evidence, number: int, region: Region, leak: Leak, failed: Tensor, right: Tensor) -> Hole:
+def _claim(region: Region, leak: Leak, rate: Callable[..., Tensor]) -> Claim:
+    inside, family = membership(region, leak)
+    return Claim(inside, family, rate(leak.share.gather(1, family[:, None])[:, 0]))
+
+
+def _hole(e: Evidence, number: int, region: Region, test: HoleTest) -> Hole:
     names, ids = e.subject.class_names, e.split.predict.ids
     start, end = region.flows[0]
     *first, last = dict.fromkeys(names[b] for _, b in region.flows[:NAMED_ENDS])
     ends = f"{', '.join(first)} or {last}" if first else last
     opened = [e.families[f].name for f in region.families]
-    inside, family_of = membership(region, leak)
-    inside = inside & right
-    hits = failed.gather(1, family_of[:, None])[:, 0] & inside
-    rates = failed[right].double().mean(0)  # shape: (F,)
-    base = rates[family_of[inside]].mean().item() if inside.any() else rates[list(region.families)].mean().item()
     return Hole(
         id=number,
         title=f"{names[start]} gives way to {ends} under {' and '.join(opened[:2])}",
@@ -64,5 +86,6 @@ def _hole(e: Evidence, number: int, region: Region, leak: Leak, failed: Tensor, 
             high=region.share.quantile(0.95).item(),
         ),
         predicted_rate=mean(region.rate),
-        test=hole_test(int(inside.sum()), int(hits.sum()), base),
+        test=test,
+        status="finding" if test.verdict == "pass" else "hypothesis",
     )

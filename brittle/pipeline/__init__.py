@@ -167,6 +167,6 @@ def _run(c: Context, spec: str | None) -> Findings:
         contests=contests,
         agreement=agreed,
     )
-    tested = hole_findings(evidence)
+    tested = hole_findings(evidence, c.stages.generator("holes/test"))
     missing = suggestions(c, tested, regions, failures=sum(hole.test.failures for hole in tested if hole.test))
     return write_run(evidence, tested, missing, c.stages.run, c.stages.cost(c.device))

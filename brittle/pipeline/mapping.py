@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from brittle import accounts
-from brittle.agreement import calibrate
-from brittle.assemble import hole_families
+from brittle.assemble import failure_rate, hole_families
 from brittle.findings import MemoryFidelity
 from brittle.holes import Region, find_holes, leak_of
 from brittle.kernel.choice import Fineness
@@ -67,7 +66,4 @@ def holes(c: Context, shift: ShiftMap, observed: Observed) -> list[Region]:
     predict = c.split.predict
     families = hole_families(c.families)
     leak = leak_of(shift[: len(predict)], c.groups)
-    failed = observed[: len(predict)].failed(predict.targets)[predict.right][:, families]
-    share = leak.share[predict.right][:, families]
-    rate = calibrate(-share.flatten().log(), failed.flatten())
-    return find_holes(leak, families, lambda shares: rate(-shares.log()))
+    return find_holes(leak, families, failure_rate(leak, observed[: len(predict)], predict, families))
