@@ -50,6 +50,10 @@ class RunFolderError(UsageError):
     """A run folder that belongs to another audit."""
 
 
+class SealedError(UsageError):
+    """A sealed label that was asked for before predictions were fixed, or twice."""
+
+
 class DiskError(BrittleError):
     """The disk is full or cannot be written."""
 

@@ -306,6 +306,32 @@ class ScoreResult(Record):
     p_holm: float | None = Field(default=None, description="the same by Holm's correction over our scores of this kind")
 
 
+class RateBin(Record):
+    """Sealed inputs of about the same predicted failure rate."""
+
+    inputs: int
+    predicted: float = Field(description="mean predicted rate")
+    failures: int
+    observed: Estimate = Field(description="Wilson interval")
+
+
+class Calibration(Record):
+    """Predicted failure rates against observed ones: fitted on the predicting part, held against the sealed one."""
+
+    score: str = Field(description="our named score, of which the rates are a rising curve")
+    fitted_inputs: int
+    fitted_failures: int
+    predicted: float = Field(description="mean predicted rate of the sealed inputs")
+    observed: Estimate = Field(description="their observed rate, Wilson interval")
+    error: Estimate = Field(
+        description="expected calibration error: |observed - predicted| by bin, weighted by inputs; bootstrap interval"
+    )
+    error_if_right: float = Field(description="95th percentile of that error if the predicted rates were the true ones")
+    bins: list[RateBin]
+    verdict: Verdict = Field(description="fail: error above error_if_right; inconclusive with too few failures")
+    sentence: str
+
+
 class TargetAgreement(Record):
     """Predicted against observed for one kind of failure; kinds are never pooled."""
 
@@ -324,6 +350,19 @@ class TargetAgreement(Record):
     gain: Estimate = Field(description="deciding figure of our named score minus the best baseline's, paired bootstrap")
     verdict: Verdict = Field(description="pass: the gain's interval lies above 0; fail: below 0")
     sentence: str
+    calibration: Calibration | None = Field(default=None, description="of predicted rates; None for distances")
+
+
+class SealedPart(Record):
+    """What was fixed before the labels of the sealed test inputs were opened, which happens once."""
+
+    inputs: int = Field(description="test inputs whose labels were sealed")
+    opened: int = Field(description="how often: 1")
+    fixed_before: list[str] = Field(description="what was handed over before the opening")
+    digest: str = Field(description="SHA-256 of all of it")
+    observed_before: list[str] = Field(
+        description="stages that had looked at sealed labels in this run folder before, for attacks asked for alone"
+    )
 
 
 class Agreement(Record):
@@ -333,6 +372,7 @@ class Agreement(Record):
     verdict: Verdict
     sentence: str
     targets: list[TargetAgreement]
+    sealed: SealedPart | None = None
     meanings: dict[str, str] = Field(default={}, description="one sentence a score, by name: what it says of an input")
 
 

@@ -21,6 +21,7 @@ from brittle.agreement.baselines import first_order_distance, gradient_scores
 from brittle.agreement.baselines.gradients import input_gradient_norm, lead_after, typical
 from brittle.agreement.baselines.neighbours import nearest_ratio, trust_score
 from brittle.agreement.baselines.outputs import entropy, output_scores, softmax_confidence
+from brittle.agreement.calibration import bins, reliability
 from brittle.agreement.meanings import MEANINGS
 from brittle.agreement.metrics import (
     Resampled,
@@ -736,3 +737,40 @@ class TestRates:
             calibrate(torch.zeros(0), torch.zeros(0, dtype=torch.bool))
         with pytest.raises(NotFiniteError, match="NaN at 1 inputs"):
             calibrate(torch.tensor([math.nan, 1.0]), torch.tensor([True, False]))
+
+    def test_calibration_error_by_hand(self) -> None:
+        """Two rates, so two bins of ten: one failure where 2 were predicted, seven where 5 were."""
+        rate = torch.tensor([0.2] * 10 + [0.5] * 10, dtype=torch.float64)
+        failed = torch.tensor([True] + [False] * 9 + [True] * 7 + [False] * 3)
+        held = reliability("blur", "mass", rate, failed, (50, 9), seeded())
+        assert held.error.value == pytest.approx((1 + 2) / 20)
+        assert [(b.inputs, b.failures, b.predicted) for b in held.bins] == [
+            (10, 1, pytest.approx(0.2)),
+            (10, 7, pytest.approx(0.5)),
+        ]
+        assert held.bins[1].observed == wilson(7, 10)
+        assert (held.predicted, held.observed) == (pytest.approx(0.35), wilson(8, 20))
+        assert (held.fitted_inputs, held.fitted_failures, held.verdict) == (50, 9, "inconclusive")
+        assert held.sentence == (
+            "Blur: rates fitted on 9 failures among 50 inputs predict 35.0% of the sealed ones to fail, 40.0% did; by "
+            f"bin they are off by 15.0%, no more than chance would explain ({held.error_if_right:.1%}), with too few "
+            "failures to conclude from."
+        )
+
+    def test_bins_have_equal_numbers_and_keep_equal_rates_together(self) -> None:
+        assert bins(normal(500).sigmoid()).bincount().tolist() == [100] * 5
+        assert bins(torch.full((7,), 0.3)).unique().numel() == 1
+        tied = torch.cat([torch.zeros(60), torch.linspace(0.1, 0.9, 40)]).double()
+        assert bins(tied)[:60].unique().numel() == 1
+
+    def test_right_rates_seldom_fail_and_wrong_ones_do(self) -> None:
+        """Of 100 draws at the predicted rates about 5 lie above the 95th percentile; at twice the odds nearly all."""
+        verdicts = []
+        for seed in range(100):
+            score = normal(400, seed=seed) - 1
+            chance = torch.rand(400, generator=seeded(1000 + seed), dtype=torch.float64)
+            for odds in (0, 1):
+                failed = chance < torch.sigmoid(score + odds)
+                verdicts.append(reliability("", "", score.sigmoid(), failed, (1, 1), seeded(seed), 200).verdict)
+        assert verdicts[::2].count("fail") <= 11
+        assert verdicts[1::2].count("fail") >= 95

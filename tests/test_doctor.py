@@ -419,7 +419,7 @@ def test_the_counts_are_those_of_a_real_audit(recorded: Subject, tmp_path: Path)
     assert spent["mapping the shift"] == pytest.approx(chosen * gradient["shift"])
     held = demand.natural + demand.queries  # natural errors in L2, attacks in Linf, with a descent of K steps
     plain = counts(demand, "attack")["agreement"] - (1 - chosen) * demand.evaluations * held
-    assert spent["comparing predictions with outcomes"] == pytest.approx(chosen * gradient["agreement"] + plain)
+    assert spent["fixing what is predicted"] == pytest.approx(chosen * gradient["agreement"] + plain)
     in_rows = sum(len(PathReader(recorded.path or "").step(k).batches[0]) for k in range(60))
     for stage, counted in (
         ("building the group memory", "memory"),

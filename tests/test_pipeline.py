@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,14 @@ from torch import Tensor, nn
 import brittle
 from brittle.cli import main
 from brittle.data import Examples
-from brittle.errors import RunFolderError
+from brittle.errors import RunFolderError, SealedError
 from brittle.findings import Findings
+from brittle.kernel.units import BUDGET
+from brittle.pipeline.context import Asked, begin
+from brittle.pipeline.mapping import holes, memory, shift
+from brittle.pipeline.observing import probes
+from brittle.pipeline.opening import digest_of, unseal
+from brittle.pipeline.scoring import predictions
 from brittle.records import Ledger, Pairs
 from brittle.report.view import view_of
 from brittle.runs import RunFolder, read_run
@@ -323,6 +330,80 @@ def test_suggestions_are_distinct_and_from_the_pool(subject: Subject, findings: 
     check = findings.suggestions.check
     assert check is not None
     assert (check.added, check.seeds) == (len(ids), 5)
+
+
+# the seal
+
+
+def test_the_findings_note_what_was_fixed_before_the_labels_were_opened(
+    findings: Findings, rows: list[dict[str, str]]
+) -> None:
+    note = findings.agreement.sealed
+    assert note is not None
+    assert (note.opened, note.fixed_before) == (1, ["scores", "baselines", "calibrated rates", "holes"])
+    assert note.inputs == findings.agreement.inputs
+    assert note.observed_before == []
+    assert len(note.digest) == 64
+
+
+def test_nothing_that_is_fixed_depends_on_a_sealed_label(subject: Subject, tmp_path: Path) -> None:
+    """With all labels changed but those of the predicting part, what is predicted stays as it is, bit for bit."""
+    digests, before = [], None
+    for changed in (False, True):
+        of_test = subject.test
+        if changed:
+            assert before is not None
+            targets = (of_test.targets + 1) % len(CLASSES)
+            targets[before.predict.ids] = before.predict.targets
+            of_test = Examples(of_test.inputs, targets)
+        other = replace_quietly(subject, test=of_test)
+        asked = Asked(20, 0, "cpu", "quick", None, {}, False, BUDGET, False)
+        with begin(other, tmp_path / str(changed), asked) as c:
+            before, built = c.split, memory(c)
+            moved, observed = shift(c, built), probes(c)
+            predicted = predictions(c, built, moved, observed, holes(c, moved, observed))
+            digests.append(digest_of(predicted))
+            opened = unseal(c, predicted)[0].split
+            assert (opened.natural.right.double().mean() > 0.5) != changed
+            with pytest.raises(SealedError, match="given out once"):
+                unseal(c, predicted)
+    assert digests[0] == digests[1]
+
+
+def test_predictions_may_not_change_in_a_folder_once_its_labels_are_open(subject: Subject, tmp_path: Path) -> None:
+    asked = Asked(20, 0, "cpu", "quick", None, {}, False, BUDGET, False)
+    for again in (False, True):
+        with begin(subject, tmp_path / "run", asked) as c:
+            built = memory(c)
+            moved, observed = shift(c, built), probes(c)
+            predicted = predictions(c, built, moved, observed, holes(c, moved, observed))
+            unseal(c, predicted)
+        if again:
+            with begin(subject, tmp_path / "run", asked) as c:
+                better = replace(predicted, extrapolated=predicted.extrapolated + 1)
+                with pytest.raises(SealedError, match="may not change once the sealed labels are open"):
+                    unseal(c, better)
+                with pytest.raises(SealedError, match="before predictions are fixed"):
+                    _ = c.split.sealed.targets
+
+
+def test_rates_are_fitted_on_the_predicting_part_and_held_against_the_sealed_one(
+    findings: Findings, rows: list[dict[str, str]]
+) -> None:
+    for target in findings.agreement.targets:
+        held = target.calibration
+        assert (held is None) == (target.kind == "attack")
+        if held is None:
+            continue
+        assert held.score == target.scores[0].name
+        assert sum(b.inputs for b in held.bins) == target.inputs
+        assert sum(b.failures for b in held.bins) == target.failures
+        assert sum(b.inputs * b.predicted for b in held.bins) == pytest.approx(held.predicted * target.inputs)
+        if target.kind == "probe":
+            fitted = [row for row in of(rows, kind="probe", part="predict", name=target.name) if right(row)]
+            assert (held.fitted_inputs, held.fitted_failures) == (len(fitted), len(of(fitted, success="True")))
+        else:
+            assert held.fitted_inputs == QUERIES
 
 
 # commands on the finished run

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from brittle.errors import DamagedFileError, DataError
+from brittle.errors import DamagedFileError, DataError, SealedError
 from brittle.packing import pack, unpack
 from brittle.records import AttackRows, Ledger, Pairs
 from brittle.runs import RunFolder
-from brittle.split import FEWEST, queries_at, split_test
+from brittle.split import FEWEST, Seal, queries_at, split_test
 from brittle.stages import Progress, Spend, Stages
 from brittle.subject import Subject
 
@@ -227,6 +227,26 @@ def test_sealed_inputs_make_no_prediction(tests: int, queries: int, count: int) 
     assert len(natural) == min(tests - count, 2000)
     assert torch.equal(split.everything.ids, torch.arange(tests))
     assert torch.equal(split.both.ids, torch.cat([split.predict.ids, split.sealed.ids]))
+
+
+def test_sealed_labels_are_given_out_once() -> None:
+    whole = split_test(subject(60), 20, torch.Generator().manual_seed(1))
+    seal = Seal(whole)
+    for part in (seal.split.sealed, seal.split.natural[:5], seal.split.everything, seal.split.both):
+        for ask in (lambda q: q.targets, lambda q: q.right):
+            with pytest.raises(SealedError, match="may not be looked at before predictions are fixed"):
+                ask(part)
+    assert torch.equal(seal.split.predict.targets, whole.predict.targets)
+    for name in ("sealed", "natural", "everything", "both"):
+        hidden, plain = getattr(seal.split, name), getattr(whole, name)
+        for field in ("ids", "inputs", "logits", "margin"):
+            assert torch.equal(getattr(hidden, field), getattr(plain, field))
+    opened = seal.open({"scores": "ab", "holes": "cd"})
+    assert torch.equal(opened.sealed.targets, whole.sealed.targets)
+    with pytest.raises(SealedError, match="given out once, they were opened with scores, holes fixed"):
+        seal.open({"scores": "ab"})
+    with pytest.raises(SealedError):
+        _ = seal.split.sealed.targets
 
 
 def test_the_split_depends_on_its_generator_alone() -> None:

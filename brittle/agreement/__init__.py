@@ -3,6 +3,7 @@
 metrics      how well scores rank and part failures, with paired, stratified intervals; Holm, Wilson
 baselines    what outputs, input gradients and neighbours in the training data say by themselves
 meanings     a sentence for every score
+calibration  predicted failure rates held against observed ones
 rates        calibrated failure rates
 regions      holes against their observed failures, beside random regions and the least confident inputs
 compare      one kind of failure, all scores, one verdict; and the verdict over all kinds

@@ -6,7 +6,8 @@ Of our scores one is named for each kind before outcomes are seen, and only that
     a probe family   late path at the reference (without a path: predicted severity)
     a distance       predicted severity along the margin's gradient
 
-A contest holds the scores and the outcomes of one kind on the same inputs; `settle` compares them.
+`Predicted` is all that is said of the sealed inputs before their labels are opened; a contest then holds the scores
+and the outcomes of one kind on the same inputs; `settle` compares them.
 """
 
 from __future__ import annotations
@@ -17,17 +18,48 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from brittle.agreement.baselines import extrapolated_margin
+from brittle.agreement.calibration import reliability
 from brittle.agreement.compare import By, compare
 from brittle.findings import FailureKind, TargetAgreement
+from brittle.holes import Region
 from brittle.probes import Family
-from brittle.records import AttackRows, Norm, ShiftMap
-from brittle.scores import severity_scores
+from brittle.records import AttackRows, Norm
 
-STEEPEST = "margin gradient"
-"""The family along which our prediction of the adversarial distance looks."""
+NATURAL = "natural errors"
 
 NORM_NAMES = {"l2": "L2", "linf": "Linf"}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Failure rates predicted for M inputs, from the named score, and what they were fitted on."""
+
+    rate: Tensor  # shape: (M,), float64
+    inputs: int
+    failures: int
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """All that is predicted of the sealed inputs, without their labels.
+
+    M of them are probed and attacked; they are the first of the W on which natural errors are counted. Of our scores
+    the one that was named in advance comes first. Baselines are those of `baselines`, in L2; in other norms those that
+    depend on it.
+    """
+
+    natural: dict[str, Tensor]  # ours of natural errors, (W,)
+    probes: dict[str, Tensor]  # ours under each family, (M, F)
+    distances: dict[str, Tensor]  # ours of the adversarial distance, (M,)
+    plain: dict[str, Tensor]  # baselines, (W,)
+    extrapolated: Tensor  # the baseline that looks at probes, (M, F)
+    by_norm: dict[str, dict[str, Tensor]]  # baselines in other norms, (M,)
+    rates: dict[str, Rates]  # by name of the kind: of W natural errors, of M inputs under each family
+    holes: list[Region]  # from the predicting queries
+
+    def baselines(self, rows: Tensor, norm: Norm = "l2") -> dict[str, Tensor]:
+        """Of some of the M inputs that are probed and attacked, in a norm. rows: positions."""
+        return {name: score[rows] for name, score in {**self.plain, **self.by_norm.get(norm, {})}.items()}
 
 
 @dataclass(frozen=True)
@@ -44,12 +76,13 @@ class Contest:
     ours: int
     scores: Tensor  # shape: (len(names), M), float64
     failed: Tensor  # shape: (M,) bool
-    severity: Tensor | None  # shape: (M,), infinite where an input never failed
+    severity: Tensor | None = None  # shape: (M,), infinite where an input never failed
+    rates: Rates | None = None  # of the named score
 
 
 def settle(contest: Contest, generator: torch.Generator, resamples: int = 1000) -> TargetAgreement:
-    """Hold the scores against the outcomes."""
-    return compare(
+    """Hold the scores against the outcomes, and the rates."""
+    target = compare(
         contest.kind,
         contest.name,
         dict(zip(contest.names, contest.scores, strict=True)),
@@ -61,53 +94,44 @@ def settle(contest: Contest, generator: torch.Generator, resamples: int = 1000) 
         resamples,
         contest.by,
     )
+    rates = contest.rates
+    if rates is None or not len(contest.failed):
+        return target
+    fitted = (rates.inputs, rates.failures)
+    held = reliability(contest.name, contest.names[0], rates.rate, contest.failed, fitted, generator, resamples)
+    return target.model_copy(update={"calibration": held})
 
 
-def natural_errors(wrong: Tensor, ours: Mapping[str, Tensor], plain: Mapping[str, Tensor]) -> Contest:
-    """Errors on the inputs as they are. wrong: (M,) bool; ours: our scores, the named one first; plain: baselines."""
-    return _contest("natural", "natural errors", "auroc", ours, plain, wrong, None)
+def natural_errors(predicted: Predicted, wrong: Tensor) -> Contest:
+    """Errors on the inputs as they are. wrong: (W,) bool."""
+    rates = predicted.rates[NATURAL]
+    return _contest("natural", NATURAL, "auroc", predicted.natural, predicted.plain, wrong, rates=rates)
 
 
-def probe_failures(
-    families: Sequence[Family],
-    shift: ShiftMap,
-    ours: Mapping[str, Tensor],
-    severity: Tensor,
-    plain: Mapping[str, Tensor],
-) -> list[Contest]:
+def probe_failures(predicted: Predicted, families: Sequence[Family], right: Tensor, severity: Tensor) -> list[Contest]:
     """Errors under each family by its reference; the baselines may look at the same small probes as we do.
 
     Args:
-        shift: of queries that are right when clean.
-        ours: our scores by name, each (M, F), the named one first.
-        severity: (M, F) smallest level that failed, infinite where none did.
-        plain: the baselines of the queries.
+        right: positions of the inputs that are right when clean, (M',), among the M.
+        severity: (M', F) smallest level that failed, infinite where none did.
     """
-    extrapolated, found = extrapolated_margin(shift), []
+    plain, found = predicted.baselines(right), []
     for f, family in enumerate(families):
-        mine, at = {name: score[:, f] for name, score in ours.items()}, severity[:, f]
-        others = {**plain, "extrapolated margin": extrapolated[:, f]}
-        found.append(_contest("probe", family.name, "auroc", mine, others, at.isfinite(), at))
+        ours = {name: score[right, f] for name, score in predicted.probes.items()}
+        others = {**plain, "extrapolated margin": predicted.extrapolated[right, f]}
+        of_all, at = predicted.rates[family.name], severity[:, f]
+        rates = Rates(of_all.rate[right], of_all.inputs, of_all.failures)
+        found.append(_contest("probe", family.name, "auroc", ours, others, at.isfinite(), at, rates))
     return found
 
 
-def attack_distances(
-    envelopes: Sequence[AttackRows],
-    shift: ShiftMap,
-    support: Tensor,
-    plain: Mapping[Norm, Mapping[str, Tensor]],
-) -> list[Contest]:
-    """The smallest adversarial distance over all attacks, in each norm.
-
-    Args:
-        shift: of queries that are right when clean, as all that follows.
-        plain: the baselines in each norm.
-    """
-    found, predicted = [], severity_scores(shift)
+def attack_distances(predicted: Predicted, envelopes: Sequence[AttackRows], right: Tensor) -> list[Contest]:
+    """The smallest adversarial distance over all attacks, in each norm. right: as for probes; rows as in it."""
+    found = []
     for rows in envelopes:
-        ours, name = {"predicted distance": predicted[STEEPEST], "lack of support": support}, NORM_NAMES[rows.norm]
-        outcome = (rows.success, rows.distance.double())
-        found.append(_contest("attack", f"{name} distance", "spearman", ours, plain[rows.norm], *outcome))
+        ours = {name: score[right] for name, score in predicted.distances.items()}
+        others, name = predicted.baselines(right, rows.norm), f"{NORM_NAMES[rows.norm]} distance"
+        found.append(_contest("attack", name, "spearman", ours, others, rows.success, rows.distance.double()))
     return found
 
 
@@ -118,10 +142,10 @@ def _contest(
     ours: Mapping[str, Tensor],
     others: Mapping[str, Tensor],
     failed: Tensor,
-    severity: Tensor | None,
+    severity: Tensor | None = None,
+    rates: Rates | None = None,
 ) -> Contest:
     scores = {**ours, **others}
     table = torch.stack([score.double() for score in scores.values()])
-    return Contest(
-        kind, name, by, tuple(scores), len(ours), table, failed, None if severity is None else severity.clone()
-    )
+    kept = None if severity is None else severity.clone()
+    return Contest(kind, name, by, tuple(scores), len(ours), table, failed, kept, rates)

@@ -185,7 +185,8 @@ class Demand:
         return self._walk(speed, self.accounted, PASSES["pull back"]) + again + lines * speed.gradient
 
     def _agreement(self, speed: Speed) -> float:
-        late = LATE_STATES * (self.natural + self.queries * (1 + self.families)) if self.known.steps else 0
+        forwards = self.natural + self.queries * (1 + 2 * (1 + self.families))  # predicting queries calibrate
+        late = LATE_STATES * forwards if self.known.steps else 0
         slopes = (min(RIVALS, self.classes - 1) + 2 + self.evaluations) * (self.natural + self.queries)
         compared = self.natural + self.queries * (self.families + 2)
         return (

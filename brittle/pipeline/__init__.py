@@ -4,6 +4,8 @@
     shift      mass and margin at every query and at its small probes
     probes     what the model really says under every probe
     holes      predicted failure regions, from the first queries alone
+    predictions  scores, baselines, rates and holes: all that is said of the sealed queries, without their labels
+    opening    the labels of the sealed queries, once
     attacks    the nearest failure of each sealed query
     ledger     the account of the first queries, in units of work, and of the worst flips before and after
     agreement  predicted against observed, on sealed queries
@@ -31,6 +33,8 @@ from brittle.pipeline.context import PRESETS, Asked, Context, begin
 from brittle.pipeline.judging import agreement, suggestions
 from brittle.pipeline.mapping import holes, memory, memory_fidelity, shift
 from brittle.pipeline.observing import attacks, flips, health, probes
+from brittle.pipeline.opening import unseal
+from brittle.pipeline.scoring import predictions
 from brittle.records import Norm
 from brittle.shares import Share
 from brittle.subject import Subject
@@ -143,12 +147,14 @@ def _run(c: Context, spec: str | None) -> Findings:
     faithful = memory_fidelity(c, built)
     moved = shift(c, built)
     observed = probes(c)
-    regions = holes(c, moved, observed)
+    predicted = predictions(c, built, moved, observed, holes(c, moved, observed))
+    c, sealed = unseal(c, predicted)
+    regions = predicted.holes
     attacked = attacks(c, built)
     believed = health(c, attacked)
     flipped = flips(c, observed, attacked)
     accounted = whole_account(c, flipped)
-    contests, agreed = agreement(c, built, moved, observed, attacked)
+    contests, agreed = agreement(c, predicted, sealed, observed, attacked)
     evidence = Evidence(
         subject=c.subject,
         spec=spec,

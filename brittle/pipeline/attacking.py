@@ -82,6 +82,7 @@ def attack(c: Context, wish: Wish) -> Attacked:
         DataError: where no sealed query is right when clean.
         UsageError: an attack that does not exist, or that does not know a norm.
     """
+    c = replace(c, split=c.seal.open({}))  # nothing is predicted here
     sealed = c.split.sealed
     right = sealed[sealed.right]
     if not len(right):

@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from brittle import accounts
-from brittle.agreement.contests import Contest
+from brittle.agreement.contests import Contest, Predicted, Rates
 from brittle.deterministic import deterministic
 from brittle.errors import UsageError
+from brittle.holes import Region
 from brittle.kernel.halved import Halved
 from brittle.kernel.memory import Memory
 from brittle.kernel.units import Part
@@ -26,13 +27,27 @@ from brittle.runs import open_run
 from brittle.settings import fingerprints
 from brittle.shares import Share
 from brittle.shift import draw_probes
-from brittle.split import Split, split_test
+from brittle.split import Seal, Split, split_test
 from brittle.stages import Stages
 from brittle.subject import Subject
 
 RECORDS = {
     record.__name__: record
-    for record in (accounts.Account, AttackRows, Contest, Halved, Ledger, Memory, Observed, Pairs, Part, ShiftMap)
+    for record in (
+        accounts.Account,
+        AttackRows,
+        Contest,
+        Halved,
+        Ledger,
+        Memory,
+        Observed,
+        Pairs,
+        Part,
+        Predicted,
+        Rates,
+        Region,
+        ShiftMap,
+    )
 }
 NORMS: tuple[Norm, ...] = ("l2", "linf")
 
@@ -64,7 +79,8 @@ class Context:
     subject: Subject
     stages: Stages
     path: Path | None
-    split: Split
+    split: Split  # without sealed labels, until the seal is opened
+    seal: Seal
     families: tuple[Family, ...]
     draws: Mapping[str, Tensor]  # of `split.both`, by family
     groups: Groups
@@ -135,9 +151,10 @@ def begin(subject: Subject, out: FilePath | str, asked: Asked, share: Share | No
 def prepare(subject: Subject, stages: Stages, asked: Asked, share: Share) -> Context:
     """The cheap beginnings, made anew in a resumed audit."""
     path = accounts.open_path(subject)
-    split = split_test(subject, asked.queries, stages.generator("split"))
+    seal = Seal(split_test(subject, asked.queries, stages.generator("split")))
+    split = seal.split
     families = families_for(subject, stages.generator("families"))
     draws = draw_probes(split.both, families, stages.generator("draws"))
     groups = groups_of(subject, asked.effort.clusters)
     shared = (asked.device, asked.preset, asked.effort, asked.memory_budget, share)
-    return Context(subject, stages, path, split, families, draws, groups, *shared)
+    return Context(subject, stages, path, split, seal, families, draws, groups, *shared)

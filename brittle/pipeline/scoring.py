@@ -1,0 +1,98 @@
+"""The stage that fixes what is predicted of the sealed queries: scores, baselines, rates and holes, without a label.
+
+It takes the split before the opening, in which asking for a sealed label raises. Rates are fitted on the predicting
+queries, whose labels are in the open.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from brittle.agreement import baselines, calibrate, extrapolated_margin
+from brittle.agreement.baselines import gradient_passes, gradient_scores
+from brittle.agreement.contests import NATURAL, Predicted, Rates
+from brittle.holes import Region
+from brittle.kernel.memory import Memory, mass
+from brittle.outcomes import Observed
+from brittle.pipeline.context import Context
+from brittle.probes import MAP_SHARES
+from brittle.records import Progress, Queries, ShiftMap
+from brittle.scores import lack_of_support, late_path, late_path_at_reference, late_probabilities, severity_scores
+from brittle.shift import probe_inputs
+from brittle.stages import Spend
+
+STEEPEST = "margin gradient"
+"""The family along which our prediction of the adversarial distance looks."""
+
+
+def predictions(c: Context, memory: Memory, shift: ShiftMap, observed: Observed, holes: list[Region]) -> Predicted:
+    """All that is predicted of the sealed queries; what is stored is what counts, holes included."""
+    predict, natural, first = c.split.predict, c.split.natural, len(c.split.predict)
+
+    def compute(tick: Progress, spend: Spend) -> Predicted:
+        masses = mass(memory, c.subject, natural.inputs, natural.pairs, c.device, tick)[:, : len(c.groups)]
+        spend(len(natural) * memory.evaluations)
+        ours, learned = natural_scores(c, natural, masses), natural_scores(c, predict, shift[:first].mass)
+        under = probe_scores(c, shift)  # shape of each: (first + M, F)
+        plain, steep = plain_scores(c, memory, spend)
+        named, clean = next(iter(under.values())), predict.right
+        failed = observed[:first].failed(predict.targets)[clean]  # shape: (right ones, F)
+        rates = {NATURAL: _rates(next(iter(learned.values())), ~clean, next(iter(ours.values())))}
+        for f, family in enumerate(c.families):
+            rates[family.name] = _rates(named[:first][clean, f], failed[:, f], named[first:, f])
+        sealed = shift[first:]
+        return Predicted(
+            natural=ours,
+            probes={name: score[first:] for name, score in under.items()},
+            distances={
+                "predicted distance": severity_scores(sealed)[STEEPEST],
+                "lack of support": lack_of_support(sealed.mass, c.groups, c.subject.classes),
+            },
+            plain=plain,
+            extrapolated=extrapolated_margin(sealed),
+            by_norm={"linf": steep},
+            rates=rates,
+            holes=holes,
+        )
+
+    return c.stages("predictions", "fixing what is predicted", compute)
+
+
+def natural_scores(c: Context, queries: Queries, masses: Tensor) -> dict[str, Tensor]:
+    """Our scores of natural errors, the named one first. masses: (M, G)."""
+    support = {"lack of support": lack_of_support(masses, c.groups, c.subject.classes)}
+    if c.path is None:
+        return support
+    late = late_probabilities(c.path, c.subject, queries.inputs, c.device)
+    return {"late path": late_path(late, queries.pairs)} | support
+
+
+def probe_scores(c: Context, shift: ShiftMap) -> dict[str, Tensor]:
+    """Our scores of failure under each family of the queries of the shift map, each (M, F), the named one first."""
+    severity = torch.stack(list(severity_scores(shift).values()), dim=1)
+    support = lack_of_support(shift.mass, c.groups, c.subject.classes)
+    scores = {"predicted severity": severity, "lack of support": support[:, None].expand_as(severity)}
+    if c.path is None:
+        return scores
+    queries, path, share = c.split.both, c.path, MAP_SHARES[-1]
+    late = lambda inputs: late_path(late_probabilities(path, c.subject, inputs, c.device), queries.pairs)  # noqa: E731
+    clean = late(queries.inputs)
+    probes = (probe_inputs(queries.inputs, family, c.draws[family.name], (share,))[:, 0] for family in c.families)
+    carried = torch.stack([late_path_at_reference(clean, late(probe), share) for probe in probes], dim=1)
+    return {"late path at the reference": carried} | scores
+
+
+def plain_scores(c: Context, memory: Memory, spend: Spend) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The baselines of the natural queries in L2, and in Linf those of the sealed ones that depend on the norm.
+
+    The descent among them takes as many gradient passes as the mass of an input.
+    """
+    natural, sealed, passes = c.split.natural, c.split.sealed, memory.evaluations
+    spend(gradient_passes(c.subject, passes) * (len(natural) + len(sealed)))
+    return baselines(c.subject, natural, passes=passes), gradient_scores(c.subject, sealed, "linf", passes)
+
+
+def _rates(learned: Tensor, failed: Tensor, score: Tensor) -> Rates:
+    """Rates at `score` (M,), by a curve fitted on other inputs' scores and failures."""
+    return Rates(calibrate(learned, failed)(score), len(failed), int(failed.sum()))
