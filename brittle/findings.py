@@ -14,6 +14,12 @@ Verdict = Literal["pass", "fail", "inconclusive"]
 PathKnown = Literal["recorded", "checkpoints", "weights"]
 FailureKind = Literal["natural", "probe", "attack"]
 
+FALSE_DISCOVERY_RATE = 0.05
+"""Of the holes that are called findings."""
+
+FEWEST_MEMBERS = 5
+"""Held-out members of a hole below which it is neither confirmed nor refuted."""
+
 SPOKEN_OF = 0.005
 """Share of what was learned from which the unexplained row is spoken of."""
 
@@ -193,18 +199,18 @@ class HoleTest(Record):
     )
     predicted_rate: float | None = Field(default=None, description="predicted failure rate of these members")
     predicted_within: bool | None = Field(default=None, description="it lies in the interval of the observed rate")
-    least_confident: Estimate | None = Field(
-        default=None, description="failure rate of as many of the least confident inputs, under the same families"
+    least_confident: Estimate = Field(
+        default=NOTHING, description="failure rate of as many of the least confident inputs, under the same families"
     )
-    least_confident_of_class: Estimate | None = Field(
-        default=None, description="the same with as many of each predicted class as the hole has"
+    least_confident_of_class: Estimate = Field(
+        default=NOTHING, description="the same with as many of each predicted class as the hole has"
     )
-    random: Estimate | None = Field(
-        default=None,
+    random: Estimate = Field(
+        default=NOTHING,
         description="mean failure rate of 1,000 random regions of the same size, predicted class, confidence and "
         "families, and the range that holds 95 % of them",
     )
-    random_of_class: Estimate | None = Field(default=None, description="the same without regard to confidence")
+    random_of_class: Estimate = Field(default=NOTHING, description="the same without regard to confidence")
     p_value: float | None = Field(
         default=None, description="share of random regions of the same class and confidence that fail as often"
     )

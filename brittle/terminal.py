@@ -13,6 +13,7 @@ from brittle.findings import Findings
 from brittle.report.formatting import fixed, norm_name, number, percent, signed
 from brittle.report.view.flips import ExampleView, FlipView, flips_of
 from brittle.report.view.headline import headline_of
+from brittle.report.view.holes import counted
 from brittle.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -30,10 +31,8 @@ def headline(findings: Findings, report: Path | str) -> str:
     for card in first.cards:
         amounts = ", ".join(" ".join(filter(None, (a.label, a.value, a.interval))) for a in card.amounts)
         rows.append((card.title.lower(), f"{amounts}  {card.note}" + (f" ({card.verdict})" if card.verdict else "")))
-    tested = [hole.test for hole in findings.holes if hole.test is not None]
-    confirmed = sum(test.verdict == "pass" for test in tested)
     rows += [
-        ("holes confirmed", f"{confirmed} of {len(tested)} tested, {len(findings.holes)} predicted"),
+        ("holes", counted(findings.holes)),
         ("agreement", findings.agreement.sentence),
         ("warnings", number(len(findings.warnings))),
         ("report", str(report)),

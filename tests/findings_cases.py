@@ -276,6 +276,8 @@ def _hole(i: int, rng: torch.Generator) -> Hole:
     failures = round(tested * (predicted - 0.1 + 0.05 * torch.randn((), generator=rng).item()))
     observed = share(failures / tested, tested)
     verdict: Verdict = "pass" if observed.low > base else "fail" if observed.high < base else "inconclusive"
+    chance = (0.001, 0.004, 0.02, 0.2, None, None)[min(i, 5)]
+    verdict = "inconclusive" if verdict == "pass" and (chance or 1) > 0.05 else verdict
     families = [("translation", "rotation", "noise"), ("rotation", "occlusion"), ("blur",), ("noise",)][i % 4]
     return Hole(
         id=i,
@@ -299,7 +301,17 @@ def _hole(i: int, rng: torch.Generator) -> Hole:
             base_rate=base,
             lift=failures / tested / base,
             verdict=verdict,
+            predicted_rate=predicted + 0.02,
+            predicted_within=observed.low <= predicted + 0.02 <= observed.high,
+            least_confident=share(0.6 - 0.05 * i, tested),
+            least_confident_of_class=share(0.5 - 0.05 * i, tested),
+            random=Estimate(value=0.42, low=0.3, high=0.55),
+            random_of_class=Estimate(value=0.33, low=0.2, high=0.47),
+            p_value=chance or 0.3,
+            p_value_of_class=0.001,
+            corrected=chance,
         ),
+        status="finding" if verdict == "pass" and i < len(FLOWS) - 1 else "hypothesis",
     )
 
 

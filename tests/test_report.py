@@ -21,9 +21,10 @@ from brittle.report import curves, page, render
 from brittle.report.charts import Chart, Curves, Dot, Dots, Heat, Points, Scale, Waterfall
 from brittle.report.figures import draw, paint
 from brittle.report.figures.style import STYLE
-from brittle.report.formatting import NONE, amount
+from brittle.report.formatting import NONE, amount, percent
 from brittle.report.pictures import Album
 from brittle.report.view import SECTIONS, View, view_of
+from brittle.report.view.holes import counted
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -162,6 +163,44 @@ def test_hole_cards_keep_order_and_numbers(case: Case, view: View) -> None:
             assert observed[0].value == hole.test.failures / hole.test.members
             assert shown.rates.reference == hole.test.base_rate
             assert shown.verdict == hole.test.verdict
+            assert [row.value for row in observed[1:]] == [hole.test.random.value, hole.test.least_confident.value]
+            rates = {row.name: row.rate for row in shown.beside}
+            assert rates["Least confident"] == percent(hole.test.least_confident.value)
+
+
+def test_holes_that_did_not_pass_are_no_findings(case: Case, view: View) -> None:
+    findings = [hole.title for hole in view.holes if hole.finding]
+    assert 0 < len(findings) < len(view.holes)
+    assert findings == [hole.title for hole in case.findings.holes if hole.test and hole.test.verdict == "pass"]
+    assert dict(view.headline.facts)["Holes"] == counted(case.findings.holes)
+    assert counted(case.findings.holes[:1]) == "1 finding, 0 untested hypotheses"
+    html = render(case.findings, case.arrays, case.pictures)
+    above, below = html[html.index('<section id="holes">') : html.index('<section id="why">')].split(
+        "Untested hypotheses"
+    )
+    for hole in view.holes:
+        assert (hole.title in above, hole.title in below) == (hole.finding, not hole.finding)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {},
+            "84% were predicted to. Random regions of the same class and confidence fail as often in 0.1% of draws",
+        ),
+        ({"verdict": "inconclusive", "corrected": 0.2}, "corrected for all holes: 20.0%): that may be chance."),
+        ({"verdict": "inconclusive"}, "reaches down to the rate of all inputs."),
+        ({"verdict": "inconclusive", "corrected": None}, "too few or too much alike to tell."),
+        ({"verdict": "inconclusive", "members": 4}, "Fewer than 5 lie in it, too few to tell."),
+        ({"verdict": "fail"}, "the prediction is refuted."),
+    ],
+)
+def test_a_hole_says_why_it_is_a_finding_or_not(case: Case, change: dict[str, object], says: str) -> None:
+    hole = case.findings.holes[0]
+    assert hole.test is not None
+    holes = [hole.model_copy(update={"test": hole.test.model_copy(update=change)})]
+    assert says in view_of(case.findings.model_copy(update={"holes": holes}), {}).holes[0].told
 
 
 def test_flips_show_contributions_before_and_after(case: Case, view: View) -> None:

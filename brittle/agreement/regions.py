@@ -28,14 +28,10 @@ from scipy.stats import false_discovery_control
 from torch import Tensor
 
 from brittle.agreement.metrics import wilson
-from brittle.findings import NOTHING, Estimate, HoleTest, Verdict
+from brittle.findings import FALSE_DISCOVERY_RATE, FEWEST_MEMBERS, NOTHING, Estimate, HoleTest, Verdict
 
-LEVEL = 0.05
-"""False discovery rate."""
 REGIONS = 1000
 """Random regions that a hole is held against."""
-FEWEST_MEMBERS = 5
-"""Sealed members of a hole below which it is neither confirmed nor refuted."""
 PER_STRATUM = 5
 MOST_BINS = 10
 """Bins of confidence within a class: ten, or as many as hold `PER_STRATUM` inputs each.
@@ -114,7 +110,7 @@ def hole_tests(claims: Sequence[Claim], failed: Tensor, peers: Peers) -> list[Ho
     sums = [(_failures(c, failed), _random(c, failed, peers.matched)) for c in claims]
     enough = [int(c.inside.sum()) >= FEWEST_MEMBERS for c in claims]
     p = [p_value(*pair) for pair in sums]
-    testable = [many and smallest_p(*pair) <= LEVEL for many, pair in zip(enough, sums, strict=True)]
+    testable = [many and smallest_p(*pair) <= FALSE_DISCOVERY_RATE for many, pair in zip(enough, sums, strict=True)]
     adjusted = corrected(p, testable)
     return [_test(*row, failed, peers) for row in zip(claims, p, adjusted, strict=True)]
 
@@ -143,7 +139,7 @@ def corrected(p: Sequence[float], testable: Sequence[bool]) -> list[float | None
 def false_findings(
     claims: Sequence[Claim], failed: Tensor, peers: Peers, generator: torch.Generator, runs: int = 100
 ) -> Estimate:
-    """Share of runs that call any hole a finding though outcomes were `permuted`; at most `LEVEL` is due.
+    """Share of runs that call any hole a finding though outcomes were `permuted`; at most 5 % are due.
 
     The holes and their rules are kept. Cost: `runs` times `hole_tests`.
     """
@@ -214,7 +210,9 @@ def _verdict(observed: Estimate, base: float, members: int, adjusted: float | No
         return "inconclusive"
     if observed.high < base:
         return "fail"
-    return "pass" if adjusted is not None and adjusted <= LEVEL and observed.low > base else "inconclusive"
+    return (
+        "pass" if adjusted is not None and adjusted <= FALSE_DISCOVERY_RATE and observed.low > base else "inconclusive"
+    )
 
 
 def _least_confident_rate(claim: Claim, failed: Tensor, groups: Tensor, confidence: Tensor) -> Estimate:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from brittle.findings import SPOKEN_OF, AttackResult, Estimate, Findings, Verdict
 from brittle.report.formatting import NONE, Amount, amount, fixed, norm_name, number, percent, with_unit
+from brittle.report.view.holes import counted
 
 FAITHFUL_SHIFT_COSINE = 0.95
 """From this median cosine to a finer account on, the shift map is called faithful."""
@@ -68,6 +69,7 @@ def _facts(findings: Findings) -> tuple[tuple[str, str], ...]:
         ("Test inputs", number(s.test)),
         ("Pool", number(s.pool)),
         ("Queries", number(findings.prediction.queries)),
+        ("Holes", counted(findings.holes)),
     ]
     if s.optimizer:
         facts.append(("Optimizer", s.optimizer))

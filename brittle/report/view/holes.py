@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from brittle.findings import Findings, Hole, Verdict
-from brittle.report.charts import Dot, Dots
-from brittle.report.formatting import amount, number, percent
+from brittle.findings import FALSE_DISCOVERY_RATE, FEWEST_MEMBERS, NOTHING, Estimate, Findings, Hole, HoleTest, Verdict
+from brittle.report.charts import Dot, Dots, Role
+from brittle.report.formatting import amount, fixed, number, percent
 
 MOST_MEMBERS = 8
+WORDS: dict[Verdict, str] = {"pass": "finding", "fail": "refuted", "inconclusive": "not shown"}
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,37 @@ class HoleView:
     severity: str
     predicted: str
     observed: str
-    tested: str
-    base_rate: str
-    lift: str
+    beside: tuple[Beside, ...]
     verdict: Verdict | None
+    word: str
+    finding: bool
+    told: str
     rates: Dots
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A failure rate that the observed one is held against, and how many times as high that is."""
+
+    name: str
+    what: str
+    rate: str
+    lift: str
 
 
 def holes_of(findings: Findings) -> tuple[HoleView, ...]:
     """The holes in the order of the findings: by predicted failure rate times support."""
     return tuple(_hole(hole, rank) for rank, hole in enumerate(findings.holes, start=1))
+
+
+def counted(holes: Sequence[Hole]) -> str:
+    """How many holes are findings, and how many are not."""
+    found = sum(hole.status == "finding" for hole in holes)
+    open_ = len(holes) - found
+    return (
+        f"{number(found)} finding{'s' * (found != 1)}, "
+        f"{number(open_)} untested {'hypothesis' if open_ == 1 else 'hypotheses'}"
+    )
 
 
 def _hole(hole: Hole, rank: int) -> HoleView:
@@ -63,10 +86,11 @@ def _hole(hole: Hole, rank: int) -> HoleView:
         severity=str(amount(hole.severity)),
         predicted=str(amount(hole.predicted_rate, "share")),
         observed=str(amount(test.observed_rate, "share")) if test else "not tested",
-        tested=f"{number(test.failures)} of {number(test.members)} held-out members failed" if test else "",
-        base_rate=percent(test.base_rate) if test else "",
-        lift=f"{number(test.lift, 2)} ×" if test and test.lift is not None else "",
+        beside=_beside(test) if test else (),
         verdict=test.verdict if test else None,
+        word=WORDS[test.verdict] if test else "not tested",
+        finding=hole.status == "finding",
+        told=_told(test),
         rates=_rates(hole),
     )
 
@@ -76,12 +100,62 @@ def anchor(hole_id: int) -> str:
     return f"hole-{hole_id}"
 
 
+def _beside(test: HoleTest) -> tuple[Beside, ...]:
+    rates = (
+        ("All inputs", "failure rate of the same families over all inputs that are right when clean", test.base_rate),
+        (
+            "Least confident",
+            "failure rate of as many of the least confident inputs, under the same families",
+            test.least_confident.value,
+        ),
+        (
+            "Random regions",
+            "mean failure rate of random regions of the same size, class, confidence and families",
+            test.random.value,
+        ),
+    )
+    observed = test.observed_rate.value
+    return tuple(
+        Beside(name, what, percent(rate), f"{fixed(observed / rate, 1)} ×" if observed is not None and rate else "")
+        for name, what, rate in rates
+        if rate is not None
+    )
+
+
+def _told(test: HoleTest | None) -> str:
+    """What the test says, in two sentences."""
+    if test is None:
+        return "Not held against failures."
+    found = f"{number(test.failures)} of {number(test.members)} held-out members failed"
+    if test.predicted_rate is not None:
+        found += f", {percent(test.predicted_rate, 0)} were predicted to"
+    return f"{found}. {_why(test)}"
+
+
+def _why(test: HoleTest) -> str:
+    """Why the verdict is what it is."""
+    if test.verdict == "fail":
+        return "They fail less often than inputs at large: the prediction is refuted."
+    if test.members < FEWEST_MEMBERS:
+        return f"Fewer than {FEWEST_MEMBERS} lie in it, too few to tell."
+    if test.corrected is None or test.p_value is None:
+        return "Whatever had happened, inputs of their class and confidence are too few or too much alike to tell."
+    chance = f"in {percent(test.p_value)} of draws (corrected for all holes: {percent(test.corrected)})"
+    if test.verdict == "pass":
+        return f"Random regions of the same class and confidence fail as often {chance}."
+    if test.corrected > FALSE_DISCOVERY_RATE:
+        return f"Random regions of the same class and confidence fail as often {chance}: that may be chance."
+    return "The interval of the observed rate reaches down to the rate of all inputs."
+
+
 def _rates(hole: Hole) -> Dots:
     p, test = hole.predicted_rate, hole.test
     rows = [Dot("predicted", p.value, p.low, p.high, "ours")]
     if test:
-        o = test.observed_rate
-        rows.append(Dot("observed", o.value, o.low, o.high, "series"))
+        rows += [
+            _dot("observed", test.observed_rate, "series"),
+            *(_dot(name, rate) for name, rate in _rivals(test).items() if rate != NOTHING),
+        ]
     observed = f", observed {amount(test.observed_rate, 'share')}" if test else ", not tested"
     return Dots(
         tuple(rows),
@@ -92,3 +166,11 @@ def _rates(hole: Hole) -> Dots:
         limits=(0.0, 1.0),
         percent=True,
     )
+
+
+def _rivals(test: HoleTest) -> dict[str, Estimate]:
+    return {"random regions": test.random, "least confident": test.least_confident}
+
+
+def _dot(label: str, rate: Estimate, role: Role = "other") -> Dot:
+    return Dot(label, rate.value, rate.low, rate.high, role)
