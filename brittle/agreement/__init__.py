@@ -6,6 +6,7 @@ meanings     a sentence for every score
 calibration  predicted failure rates held against observed ones
 rates        calibrated failure rates
 regions      holes against their observed failures, beside random regions and the least confident inputs
+stability    whether holes come back after another training
 compare      one kind of failure, all scores, one verdict; and the verdict over all kinds
 """
 
