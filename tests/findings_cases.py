@@ -15,10 +15,13 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
+from brittle.agreement import wilson
+from brittle.agreement.meanings import MEANINGS
 from brittle.findings import (
     Agreement,
     AttackResult,
     Attacks,
+    Calibration,
     ClassAccuracy,
     Clean,
     Cost,
@@ -36,9 +39,11 @@ from brittle.findings import (
     LedgerRow,
     MemoryFidelity,
     Prediction,
+    RateBin,
     RegionSuggestion,
     RetrainCheck,
     ScoreResult,
+    SealedPart,
     StageCost,
     SubjectFacts,
     Suggestions,
@@ -379,6 +384,32 @@ def _target(
         verdict=verdict,
         sentence=f"{ours.name} (AUROC {ours.auroc.value:.2f}) {beats} the best baseline, {base.name} "
         f"(AUROC {base.auroc.value:.2f}): gain {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}].",
+        calibration=None if kind == "attack" else _calibration(ours.name, latent, failed),
+    )
+
+
+def _calibration(score: str, latent: Tensor, failed: Tensor) -> Calibration:
+    parts = latent.argsort().chunk(5)
+    bins = [
+        RateBin(
+            inputs=len(part),
+            predicted=0.1 * k,
+            failures=int(failed[part].sum()),
+            observed=wilson(int(failed[part].sum()), len(part)),
+        )
+        for k, part in enumerate(parts)
+    ]
+    return Calibration(
+        score=score,
+        fitted_inputs=200,
+        fitted_failures=30,
+        predicted=0.2,
+        observed=wilson(int(failed.sum()), len(failed)),
+        error=estimate(0.03, 0.01),
+        error_if_right=0.04,
+        bins=bins,
+        verdict="pass",
+        sentence="Rates predict 20% of the inputs to fail; they are off by no more than chance would explain.",
     )
 
 
@@ -386,9 +417,15 @@ def _score(name: str, ours: bool, failed: Tensor, scores: Tensor, latent: Tensor
     area = float(roc_auc_score(failed.numpy(), scores.numpy()))
     half = 1.96 * math.sqrt(area * (1 - area) / int(failed.sum()))
     rank = torch.corrcoef(torch.stack([scores.argsort().argsort(), latent.argsort().argsort()]).double())[0, 1].item()
+    gain = {"gain": estimate(0.01, 0.02), "p": 0.02, "p_holm": 0.04} if ours else {}
     return ScoreResult(
         name=name,
         ours=ours,
+        kendall=estimate(rank / 1.4, 0.05, -1, 1),
+        fpr95=estimate(1 - area, half, 0, 1),
+        e_aurc=estimate((1 - area) / 10, half / 10, 0.0),
+        augrc=estimate((1 - area) / 5, half / 5, 0),
+        **gain,
         auroc=estimate(area, half, 0, 1),
         average_precision=estimate(float(average_precision_score(failed.numpy(), scores.numpy())), 1.3 * half, 0, 1),
         spearman=estimate(rank, 0.06, -1, 1),
@@ -403,6 +440,14 @@ def _agreement(targets: list[TargetAgreement]) -> Agreement:
         sentence=f"On {HELD_OUT} inputs that the prediction did not use, our score beats the best baseline on "
         f"{passed} of {len(targets)} kinds of failure.",
         targets=targets,
+        sealed=SealedPart(
+            inputs=HELD_OUT,
+            opened=1,
+            fixed_before=["scores", "holes"],
+            digest="0123456789abcdef" * 4,
+            observed_before=[],
+        ),
+        meanings=MEANINGS,
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from findings_cases import Case, digits_case, renamed, weights_only_case
+from markupsafe import escape
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from sklearn.metrics import roc_auc_score
 
@@ -24,6 +25,7 @@ from brittle.report.figures.style import STYLE
 from brittle.report.formatting import NONE, amount, percent
 from brittle.report.pictures import Album
 from brittle.report.view import SECTIONS, View, view_of
+from brittle.report.view.agreement import FIGURES
 from brittle.report.view.holes import counted
 
 HOSTILE = [
@@ -215,12 +217,62 @@ def test_flips_show_contributions_before_and_after(case: Case, view: View) -> No
 def test_every_target_shows_every_score(case: Case, view: View) -> None:
     for shown, target in zip(view.agreement.targets, case.findings.agreement.targets, strict=True):
         assert shown.sentence == target.sentence
-        deciding = [s.spearman if target.kind == "attack" else s.auroc for s in target.scores]
-        assert [row.value for row in shown.deciding.rows] == [e.value for e in deciding]
-        assert [row.role for row in shown.deciding.rows] == ["ours" if s.ours else "baseline" for s in target.scores]
+        ranked = target.kind == "attack"
+        value = {s.name: (s.spearman if ranked else s.auroc).value for s in target.scores}
+        best_first = sorted(value, key=value.__getitem__, reverse=True)
+        role = {s.name: "ours" if s.ours else "baseline" for s in target.scores}
+        assert [(row.label, row.value, row.role) for row in shown.deciding.rows] == [
+            (name, value[name], role[name]) for name in best_first
+        ]
+        assert [row.name for row in shown.rows] == best_first
         assert {row.name for row in shown.rows if row.best} == {target.best_ours, target.best_baseline}
+        assert shown.figure[0] == ("Spearman" if ranked else "AUROC")
+        columns = [name for name, _ in shown.columns]
+        assert set(columns) == {name for name, _ in FIGURES.values()} - {shown.figure[0]}
+        for row in shown.rows:
+            [score] = [s for s in target.scores if s.name == row.name]
+            assert row.deciding == str(amount(score.spearman if ranked else score.auroc))
+            assert row.others[columns.index("FPR95")] == str(amount(score.fpr95))
+            assert (row.gain, row.chance) == (("", "") if not row.ours else (str(amount(score.gain, "signed")), "0.04"))
+            assert row.meaning == case.findings.agreement.meanings.get(row.name, "")
     gains = view.agreement.gains.rows
     assert [(g.value, g.role) for g in gains] == [(t.gain.value, t.verdict) for t in case.findings.agreement.targets]
+
+
+def test_predicted_rates_stand_beside_observed_ones(case: Case, view: View) -> None:
+    for shown, target in zip(view.agreement.targets, case.findings.agreement.targets, strict=True):
+        held = target.calibration
+        assert (shown.rates is None) == (held is None)
+        if shown.rates and held:
+            assert (shown.rates.sentence, shown.rates.verdict) == (held.sentence, held.verdict)
+            assert [count for *_, count in shown.rates.rows] == [f"{b.failures} of {b.inputs}" for b in held.bins]
+    assert view.agreement.targets[0].rates
+
+
+def test_the_seal_and_the_scores_meanings_are_told(case: Case, view: View, digits_page: str) -> None:
+    assert view.agreement.sealed == (
+        "The labels of these inputs were sealed. They were opened once, after scores and holes were fixed "
+        "(SHA-256 0123456789abcdef…)."
+    )
+    ours = {s.name for t in case.findings.agreement.targets for s in t.scores if s.ours}
+    assert {name for name, own, _ in view.agreement.meanings if own} == ours & set(case.findings.agreement.meanings)
+    for _, _, meaning in view.agreement.meanings:
+        assert str(escape(meaning)) in digits_page
+
+
+def test_an_audit_of_before_the_seal_is_still_shown(case: Case) -> None:
+    """Findings written without the newer figures."""
+    document = case.findings.model_dump()
+    for name in ("sealed", "meanings"):
+        del document["agreement"][name]
+    for target in document["agreement"]["targets"]:
+        del target["calibration"]
+        for score in target["scores"]:
+            for name in ("kendall", "fpr95", "e_aurc", "augrc", "gain", "p", "p_holm"):
+                del score[name]
+    shown = view_of(Findings.model_validate(document), case.arrays).agreement
+    assert (shown.sealed, shown.meanings) == ("", ())
+    assert {row.others[2] for target in shown.targets for row in target.rows} == {NONE}
 
 
 def test_one_target_of_each_kind_is_open(view: View) -> None:
@@ -306,7 +358,7 @@ def test_a_target_without_failures_has_no_curve(case: Case) -> None:
     arrays = dict(case.arrays) | {"agreement.0.failed": torch.zeros(250, dtype=torch.bool)}
     (shown,) = view_of(case.findings.model_copy(update={"agreement": agreement}), arrays).agreement.targets
     assert shown.roc is None
-    assert {row.auroc for row in shown.rows} == {NONE}
+    assert {row.deciding for row in shown.rows} == {NONE}
     assert draw(shown.deciding).uri
 
 
