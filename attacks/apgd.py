@@ -4,7 +4,7 @@ With P the projection on the ball of radius epsilon within the bounds, s the ste
 a = 3/4 (1 in the first step),
 
     z       = P(x_k + eta s(x_k)),
-    x_{k+1} = P(x_k + a (z - x_k) + (1 - a) (x_k - x_{k-1})),           eta = 2 epsilon at first.
+    x_{k+1} = P(a z + (1 - a) (2 x_k - x_{k-1})),           eta = 2 epsilon at first.
 
 At checkpoints ceil(p_j steps), p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06), eta is halved
 and the search goes on from the best point so far, wherever either
@@ -28,11 +28,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from brittle.attacks.geometry import into_ball, spread, steepest
+from brittle.attacks.geometry import Projection, ball, put, spread, steepest
 from brittle.attacks.losses import LOSSES
-from brittle.attacks.problem import Problem
+from brittle.attacks.problem import EVERY, Problem, Rows
 from brittle.attacks.search import Search
-from brittle.records import AttackRows
+from brittle.records import AttackRows, Norm
 
 INERTIA = 0.75
 """The weight a of the new step against the last one's continuation."""
@@ -95,7 +95,7 @@ def climb(
         problem: what is climbed: that of the search, or the same aimed at other targets.
         start: (B, *input), drawn into the balls first.
         radius: (B,) epsilon of each input.
-        rows: (B',) the inputs that climb.
+        rows: (B',) the inputs that climb, ascending.
 
     Returns:
         Each climbing input's point of largest loss in place of its start, (B, *input).
@@ -103,19 +103,21 @@ def climb(
     Cost: `how.steps` evaluations an input, fewer where it leaves early.
     """
     tops, halving = start.clone(), checkpoints(how.steps)
-    state = _State.at(problem[rows], start[rows], radius[rows], rows)
+    part, project = _room_of(problem, rows, radius[rows])
+    state = _State.at(project(start[rows]), radius[rows], rows)
     for k in range(how.steps):
-        part = problem[state.rows]
-        points = state.points if k == 0 else _move(part, state, 1.0 if k == 1 else INERTIA, generator)
-        logits, loss, gradient = search.gradient(points, partial(_loss, part, how.loss), state.rows)
+        points = state.points if k == 0 else _move(state, project, part.norm, 1.0 if k == 1 else INERTIA, generator)
+        logits, loss, gradient = search.gradient(points, partial(_loss, part, how.loss), _asked(state, problem))
         state = _arrive(state, points, loss, gradient)
         if k in halving:
             state = _halve(state, k - max([c for c in halving if c < k], default=0))
-        tops[state.rows] = state.top
-        if how.early:
-            state = state[~search.problem[state.rows].fooled(logits)]
+        if how.early and (through := search.problem.fooled(logits, state.rows)).any():
+            tops[state.rows] = state.top
+            state = state[~through]
+            part, project = _room_of(problem, state.rows, state.radius)
             if not len(state.rows):
                 break
+    tops[state.rows] = state.top
     return tops
 
 
@@ -150,8 +152,7 @@ class _State:
     mark: Tensor  # shape: (B',) the best loss at the last checkpoint
 
     @classmethod
-    def at(cls, problem: Problem, start: Tensor, radius: Tensor, rows: Tensor) -> _State:
-        start = into_ball(start, problem.inputs, radius, problem.bounds, problem.norm)
+    def at(cls, start: Tensor, radius: Tensor, rows: Tensor) -> _State:
         nothing = torch.full_like(radius, -torch.inf)
         return cls(
             rows=rows,
@@ -160,7 +161,7 @@ class _State:
             last=start,
             loss=nothing,
             gradient=torch.zeros_like(start),
-            top=start,
+            top=start.clone(),
             top_loss=nothing,
             top_gradient=torch.zeros_like(start),
             eta=2 * radius,
@@ -173,29 +174,39 @@ class _State:
         return _State(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
-def _move(problem: Problem, state: _State, inertia: float, generator: torch.Generator) -> Tensor:
+def _asked(state: _State, problem: Problem) -> Rows:
+    """The rows of the state; all of them as a slice, which is read and written without indices."""
+    return EVERY if len(state.rows) == len(problem) else state.rows
+
+
+def _room_of(problem: Problem, rows: Tensor, radius: Tensor) -> tuple[Problem, Projection]:
+    """Some inputs of the problem, and P for them. radius: (B',)."""
+    part = problem[rows]
+    return part, ball(part.inputs, radius, part.bounds, part.norm)
+
+
+def _move(state: _State, project: Projection, norm: Norm, inertia: float, generator: torch.Generator) -> Tensor:
     """x_{k+1}."""
-    project = lambda points: into_ball(points, problem.inputs, state.radius, problem.bounds, problem.norm)  # noqa: E731
-    way = steepest(state.gradient, problem.norm, generator)
-    z = project(state.points + spread(state.eta, way) * way)
+    way = steepest(state.gradient, norm, generator)
+    z = project(torch.addcmul(state.points, spread(state.eta, way), way))
     if inertia == 1:
         return z
-    return project(state.points + inertia * (z - state.points) + (1 - inertia) * (state.points - state.last))
+    return project(torch.lerp(torch.lerp(state.last, state.points, 2.0), z, inertia))
 
 
 def _arrive(state: _State, points: Tensor, loss: Tensor, gradient: Tensor) -> _State:
     """The state at the new points."""
     better = loss > state.top_loss
-    wide = spread(better, points)
+    rows = better.nonzero()[:, 0]
+    state.top.index_copy_(0, rows, points.index_select(0, rows))  # in place: it is the state's own
+    state.top_gradient.index_copy_(0, rows, gradient.index_select(0, rows))
     return replace(
         state,
         points=points,
         last=state.points,
         loss=loss,
         gradient=gradient,
-        top=torch.where(wide, points, state.top),
         top_loss=torch.where(better, loss, state.top_loss),
-        top_gradient=torch.where(wide, gradient, state.top_gradient),
         rises=state.rises + (loss > state.loss),
     )
 
@@ -205,13 +216,13 @@ def _halve(state: _State, window: int) -> _State:
     oscillates = state.rises < RISING * window
     stalls = ~state.halved & (state.top_loss <= state.mark)
     halved = oscillates | stalls
-    wide = spread(halved, state.points)
+    rows = halved.nonzero()[:, 0]
     return replace(
         state,
-        points=torch.where(wide, state.top, state.points),
-        last=torch.where(wide, state.top, state.last),
+        points=put(rows, state.top, state.points),
+        last=put(rows, state.top, state.last),
         loss=torch.where(halved, state.top_loss, state.loss),
-        gradient=torch.where(wide, state.top_gradient, state.gradient),
+        gradient=put(rows, state.top_gradient, state.gradient),
         eta=torch.where(halved, state.eta / 2, state.eta),
         rises=torch.zeros_like(state.rises),
         halved=halved,

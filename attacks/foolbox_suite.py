@@ -119,7 +119,8 @@ class _Scaled(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         low, wide = _scale(self._search.problem)
-        logits = _InputGradient.apply(low + inputs * wide, self._search)
+        raw = inputs if (low, wide) == (0, 1) else low + inputs * wide
+        logits = _InputGradient.apply(raw, self._search)
         return logits if self._sharpness is None else logits * self._sharpness
 
 

@@ -16,6 +16,8 @@ stays there once S does. In L1, t is bisected.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,9 @@ from brittle.records import Norm
 
 Bounds = tuple[float, float] | tuple[Tensor, Tensor]
 """Smallest and largest value of an input: numbers, or tensors that broadcast over one, such as (C, 1, 1)."""
+
+Projection = Callable[[Tensor], Tensor]
+"""Points (B, *input) -> points."""
 
 ROUNDS = 12
 """Most rounds of the search for t in L2; it stops when no input moves any more, after three or four as a rule."""
@@ -78,25 +83,29 @@ def steepest(gradient: Tensor, norm: Norm, generator: torch.Generator | None = N
 
     Where a gradient vanishes or is not finite a random direction takes its place (drawn from `generator`).
     """
-    largest = size(gradient, "linf")
-    lost = ~((largest > 0) & largest.isfinite())
-    if lost.any():
+    length = size(gradient, "l1")  # of a tiny gradient it does not underflow as that in L2 does
+    if len(length) and not 0 < length.min().item() <= length.max().item() < torch.inf:
+        lost = ~((length > 0) & length.isfinite())
         noise = torch.randn(gradient.shape, generator=generator, dtype=gradient.dtype).to(gradient.device)
         gradient = torch.where(spread(lost, gradient), noise, gradient)
-        largest = size(gradient, "linf")
     if norm == "linf":
         return gradient.sign()
     if norm in ("l1", "l0"):
         flat = gradient.flatten(1)
         top = flat.abs().argmax(1, keepdim=True)
         return torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign()).reshape(gradient.shape)
-    scaled = gradient / spread(largest, gradient)  # so that squares of tiny gradients do not underflow
+    scaled = gradient / spread(size(gradient, "linf"), gradient)  # so that squares do not underflow
     return scaled / spread(size(scaled, "l2"), gradient)
 
 
 def spread(values: Tensor, like: Tensor) -> Tensor:
     """One value an input, shaped to multiply inputs: (B,) -> (B, 1, ..., 1)."""
     return values.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def put(rows: Tensor, these: Tensor, others: Tensor) -> Tensor:
+    """The inputs of `others` with some rows (B',) int64 from `these`; faster than a `where` that is broadcast."""
+    return others.index_copy(0, rows, these.index_select(0, rows))
 
 
 def room(inputs: Tensor, bounds: Bounds, norm: Norm) -> Tensor:
@@ -110,13 +119,20 @@ def into_ball(points: Tensor, centres: Tensor, radius: Tensor, bounds: Bounds, n
 
     The centres lie within the bounds. In L0 the radius counts coordinates and is rounded down.
     """
+    return ball(centres, radius, bounds, norm)(points)
+
+
+def ball(centres: Tensor, radius: Tensor, bounds: Bounds, norm: Norm) -> Projection:
+    """`into_ball` for many points: in Linf the ball is a box, whose corners are found once."""
     if norm == "linf":
-        near = torch.minimum(torch.maximum(points, centres - spread(radius, points)), centres + spread(radius, points))
-        return within(near, bounds)
-    offset = points - centres
+        reach = spread(radius, centres)
+        low, high = within(centres - reach, bounds), within(centres + reach, bounds)
+        return lambda points: points.clamp(low, high)
     if norm == "l2":
-        return _along(centres, offset, radius, bounds, longest=1.0)
-    return _shrunk(centres, offset, radius, bounds) if norm == "l1" else _fewest(centres, points, radius, bounds)
+        return lambda points: _along(centres, points - centres, radius, bounds, longest=1.0)
+    if norm == "l1":
+        return lambda points: _shrunk(centres, points - centres, radius, bounds)
+    return lambda points: _fewest(centres, points, radius, bounds)
 
 
 def onto_sphere(points: Tensor, centres: Tensor, radius: Tensor, bounds: Bounds) -> Tensor:

@@ -22,6 +22,8 @@ Logits = Callable[[Tensor], Tensor]
 
 Rows = Tensor | slice
 
+EVERY = slice(None)
+
 SLACK = 16
 """A misclassification counts where it exceeds the largest logit's rounding error this many times."""
 
@@ -64,11 +66,15 @@ class Problem:
         """The same inputs with a target for each. targets: (B,) int64."""
         return replace(self, targets=targets)
 
-    def margin(self, logits: Tensor) -> Tensor:
-        """Logits that are still between each input and success, (B,)."""
-        return margin(logits, self.labels, self.targets)
+    def margin(self, logits: Tensor, rows: Rows = EVERY) -> Tensor:
+        """Logits that are still between some of the inputs, all by default, and success: (B', C) -> (B',)."""
+        return margin(logits, self.labels[rows], None if self.targets is None else self.targets[rows])
 
-    def fooled(self, logits: Tensor) -> Tensor:
-        """Success, by more than rounding could undo: (B,) bool. Never where a logit is not finite."""
-        doubt = SLACK * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
-        return logits.isfinite().all(1) & (self.margin(logits) < -doubt)
+    def fooled(self, logits: Tensor, rows: Rows = EVERY) -> Tensor:
+        """Success, by more than rounding could undo: (B',) bool. Never where a logit is not finite."""
+        return self.margin(logits, rows) < -doubt(logits)
+
+
+def doubt(logits: Tensor) -> Tensor:
+    """What a margin could owe to rounding, (B,); not finite, so that nothing exceeds it, where a logit is not."""
+    return SLACK * torch.finfo(logits.dtype).eps * logits.abs().amax(1)

@@ -23,10 +23,8 @@ import torch
 from torch import Tensor
 
 from brittle.attacks.geometry import distance, size, spread, within
-from brittle.attacks.problem import Problem, Rows
+from brittle.attacks.problem import EVERY, Problem, Rows, doubt
 from brittle.records import AttackRows
-
-EVERY = slice(None)
 
 ROUNDING = 1e-6
 """Relative excess over epsilon that is rounding's."""
@@ -54,6 +52,7 @@ class Search:
         self.evaluations = torch.zeros(len(problem), dtype=torch.int64, device=problem.inputs.device)
         self.backwards = torch.zeros_like(self.evaluations)
         self._done = torch.zeros_like(self.evaluations, dtype=torch.bool)
+        self._every = torch.arange(len(problem), device=problem.inputs.device)
 
     def __enter__(self) -> Search:
         return self
@@ -153,27 +152,34 @@ class Search:
         self.evaluations[rows] += self._price(rows, some)
         return some
 
-    def _price(self, rows: Rows, some: Rows) -> Tensor:
+    def _price(self, rows: Rows, some: Rows) -> Tensor | int:
+        if isinstance(some, slice):
+            return self.problem.draws
         each = torch.zeros_like(self.evaluations[rows])
         each[some] = self.problem.draws
         return each
 
     def _see(self, points: Tensor, logits: Tensor, rows: Rows) -> None:
-        problem = self.problem[rows]
-        fooled = problem.fooled(logits)
-        if not fooled.any():
+        """Keep what is better than the best so far."""
+        problem = self.problem
+        margin = problem.margin(logits, rows)
+        wrong = margin < (0 if self._keep == "nearest" else self.best[rows].clamp_max(0))
+        seen = wrong.nonzero()[:, 0]  # what might be better; the rest is not looked at any closer
+        if not len(seen):
             return
-        far = size(points - problem.inputs, problem.norm)
-        cost = far if self._keep == "nearest" else problem.margin(logits)
-        better = fooled & (cost < self.best[rows])
+        ours, logits, margin = self._every[rows][seen], logits[seen], margin[seen]
+        far = size(points.index_select(0, seen) - problem.inputs.index_select(0, ours), problem.norm)
+        cost = far if self._keep == "nearest" else margin
+        better = (margin < -doubt(logits)) & (cost < self.best[ours])
         if self._epsilon is not None:
-            better = better & (far <= self._epsilon * (1 + ROUNDING))
-        ours = torch.arange(len(self.best), device=better.device)[rows][better]
-        self.inputs[ours] = points[better]
-        self.classes[ours] = logits[better].argmax(1)
-        self.best[ours] = cost[better]
+            better &= far <= self._epsilon * (1 + ROUNDING)
+        kept = better.nonzero()[:, 0]
+        ours, far = ours[kept], far[kept]
+        self.inputs.index_copy_(0, ours, points.index_select(0, seen[kept]))
+        self.classes[ours] = logits[kept].argmax(1)
+        self.best[ours] = cost[kept]
         if problem.enough is not None:
-            self._done[rows] |= better & (far <= problem.enough)
+            self._done[ours[far <= problem.enough]] = True
 
 
 class Asked:
