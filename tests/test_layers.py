@@ -34,6 +34,7 @@ ROOMS = (
     "flips",
     "accounts",
     "holes",
+    "natural_holes",
     "scores",
     "agreement",
     "suggest",
