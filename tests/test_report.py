@@ -175,6 +175,7 @@ def test_holes_that_did_not_pass_are_no_findings(case: Case, view: View) -> None
     assert 0 < len(findings) < len(view.holes)
     assert findings == [hole.title for hole in case.findings.holes if hole.test and hole.test.verdict == "pass"]
     assert dict(view.headline.facts)["Holes"] == counted(case.findings.holes)
+    assert [region.finding for region in view.missing.regions] == [hole.finding for hole in view.holes[:4]]
     assert counted(case.findings.holes[:1]) == "1 finding, 0 untested hypotheses"
     html = render(case.findings, case.arrays, case.pictures)
     above, below = html[html.index('<section id="holes">') : html.index('<section id="why">')].split(
@@ -310,7 +311,7 @@ def test_suggestions_link_to_holes_that_exist(case: Case) -> None:
     region = case.findings.suggestions.regions[0].model_copy(update={"hole": 99})
     suggestions = case.findings.suggestions.model_copy(update={"regions": [region]})
     missing = view_of(case.findings.model_copy(update={"suggestions": suggestions}), {}).missing
-    assert missing.regions[0].hole == ""
+    assert (missing.regions[0].hole, missing.regions[0].finding) == ("", False)
     assert missing.examples[0].hole == "hole-0"
 
 

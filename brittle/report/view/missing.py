@@ -18,6 +18,7 @@ class RegionView:
     wanted: str
     share: str
     hole: str
+    finding: bool
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def missing_of(findings: Findings) -> Missing:
     suggestions = findings.suggestions
     anchors = {hole.id: anchor(hole.id) for hole in findings.holes}
     link = lambda hole: "" if hole is None else anchors.get(hole, "")  # noqa: E731
+    found = {hole.id for hole in findings.holes if hole.status == "finding"}
     return Missing(
         regions=tuple(
             RegionView(
@@ -62,6 +64,7 @@ def missing_of(findings: Findings) -> Missing:
                 region.wanted,
                 "" if region.share_of_failures is None else percent(region.share_of_failures),
                 link(region.hole),
+                region.hole in found,
             )
             for region in suggestions.regions
         ),
