@@ -162,7 +162,8 @@ def aurc(scores: Tensor, failed: Tensor, weights: Tensor) -> Tensor:
     upto, rate = every.cumsum(0), positive / every.clamp_min(torch.finfo(every.dtype).tiny)
     before = upto - every
     surplus = positive.cumsum(0) - positive - rate * before
-    return (positive + surplus * _harmonic(before, upto)).sum(0) / every.sum(0)
+    harmonic = torch.digamma(torch.cat([torch.zeros_like(upto[:1]), upto]) + 1).diff(dim=0)  # sum of 1 / i in each tie
+    return (positive + surplus * harmonic).sum(0) / every.sum(0)
 
 
 def e_aurc(scores: Tensor, failed: Tensor, weights: Tensor) -> Tensor:
@@ -225,11 +226,6 @@ def _by_score(scores: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
     """Weights summed over inputs of equal score, lowest score first. (M, R) each -> (distinct, R)."""
     distinct, place = scores.unique(return_inverse=True)
     return tuple(part.new_zeros(len(distinct), part.shape[1]).index_add_(0, place, part) for part in parts)
-
-
-def _harmonic(n: Tensor, m: Tensor) -> Tensor:
-    """1 / (n + 1) + ... + 1 / m."""
-    return torch.digamma(m + 1) - torch.digamma(n + 1)
 
 
 def _mid_ranks(values: Tensor, weights: Tensor) -> Tensor:

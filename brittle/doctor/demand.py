@@ -40,7 +40,7 @@ ATTACKS = 10
 CLUSTER = 10
 """Training examples for each cluster, as in `mass.cluster_groups`."""
 
-PASSES = {"advance": 6, "pull back": 4, "bootstrap": 400_000}
+PASSES = {"advance": 6, "pull back": 4, "bootstrap": 1_500_000}
 """Times that a number is touched: of a group's buffer in a step, of a query's, and of an input in a comparison."""
 
 WRITING = 8.0
