@@ -190,7 +190,8 @@ class HoleTest(Record):
     failures: int
     observed_rate: Estimate = Field(description="Wilson interval")
     base_rate: float = Field(
-        description="failure rate of the same family over all test inputs that are right when clean"
+        description="failure rate of the same family over all test inputs that are right when clean; where nothing "
+        "opens the hole, of all sealed inputs as they are"
     )
     lift: float | None
     verdict: Verdict = Field(
@@ -227,7 +228,10 @@ class Hole(Record):
 
     id: int
     title: str
-    families: list[str] = Field(description="probe families that open it, strongest first")
+    opened_by: Literal["probes", "nothing"] = Field(
+        default="probes", description="nothing: its inputs are predicted to fail as they are; all sealed inputs test it"
+    )
+    families: list[str] = Field(description="probe families that open it, strongest first; none where nothing does")
     from_class: str
     to_class: str
     from_group: str = Field(description="cluster of training examples whose mass leaves")
@@ -236,9 +240,12 @@ class Hole(Record):
     members: list[int]
     support: int
     severity: Estimate = Field(
-        description="median predicted severity, as a share of the family's reference; 5-95 % spread"
+        description="median predicted severity, as a share of the family's reference; 5-95 % spread; "
+        "null where no family opens it"
     )
-    predicted_rate: Estimate = Field(description="predicted failure rate of its members at the reference severity")
+    predicted_rate: Estimate = Field(
+        description="predicted failure rate of its members, at the reference severity or as they are"
+    )
     test: HoleTest | None = None
     status: Literal["finding", "hypothesis"] = Field(
         default="hypothesis", description="finding: the test passed; hypothesis: it is not shown"

@@ -71,6 +71,15 @@ class NaturalHole:
         return self.rate.mean().item()
 
 
+@dataclass(frozen=True)
+class NaturalMap:
+    """Natural holes, and what their rule says of R inputs without a label."""
+
+    holes: list[NaturalHole]
+    number: Tensor  # shape: (R,) the hole that an input lies in, -1 for none
+    rate: Tensor  # shape: (R,) predicted probability of failure
+
+
 def ground(mass: Tensor, predicted: Tensor, failed: Tensor) -> Ground:
     """The ground on which natural holes are sought.
 
@@ -87,7 +96,7 @@ def ground(mass: Tensor, predicted: Tensor, failed: Tensor) -> Ground:
         raise NotFiniteError("mass must be finite, found infinity or NaN; look at the ledger of these queries")
     centre = mass.double().mean(0)
     _, spread, axes = torch.linalg.svd(mass.double() - centre, full_matrices=False)
-    wide = (spread > 1e-6 * spread[0])[:DIMENSIONS].nonzero()[:, 0]
+    wide = (spread > max(1e-6 * spread[0].item(), torch.finfo(spread.dtype).tiny))[:DIMENSIONS].nonzero()[:, 0]
     axes = axes[wide].T / spread[wide] * len(mass) ** 0.5
     return Ground(centre, axes, (mass.double() - centre) @ axes, predicted, failed)
 
@@ -105,21 +114,17 @@ def natural_holes(on: Ground, most: int = MOST) -> list[NaturalHole]:
     return sorted(found, key=lambda hole: hole.predicted_rate * hole.support, reverse=True)[:most]
 
 
-def where(holes: list[NaturalHole], on: Ground, mass: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
+def where(holes: list[NaturalHole], on: Ground, mass: Tensor, predicted: Tensor) -> NaturalMap:
     """The rule: which hole inputs lie in, and their predicted failure rates. Reads no labels of theirs.
 
-    Args:
-        mass: of the inputs, (R, G).  predicted: their predicted classes, (R,).
-
-    Returns:
-        ((R,) number of the hole, -1 for none; (R,) rate)
+    mass: of the inputs, (R, G).  predicted: their predicted classes, (R,).
     """
     number = torch.full((len(on.failed),), -1)
     for k, hole in enumerate(holes):
         number[hole.members] = k
     distance, near = _nearest(on, (mass.double() - on.centre) @ on.axes, predicted)
     votes = torch.where(distance.isfinite(), number[near], -1)[:, :VOTERS]
-    return votes.mode(1).values, _rates(on, distance, near)
+    return NaturalMap(holes, votes.mode(1).values, _rates(on, distance, near))
 
 
 def held_up_by(hole: NaturalHole, on: Ground, mass: Tensor) -> int:
@@ -139,7 +144,7 @@ def held_up_by(hole: NaturalHole, on: Ground, mass: Tensor) -> int:
 
 def _branches(on: Ground, rows: Tensor) -> list[tuple[float, Tensor]]:
     """Branches of one predicted class's tree that fail more than usual: (log likelihood ratio, rows)."""
-    if len(rows) < LEAST_SUPPORT:
+    if len(rows) < LEAST_SUPPORT or not on.place.shape[1]:
         return []
     joins = linkage(on.place[rows].numpy(), "ward")[:, :2].astype(int)
     leaves = [[i] for i in range(len(rows))]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.prediction.planted import PLANTS, QUICK, Regions, by_confidence, judge, natural
+from benchmarks.prediction.planted import PLANTS, QUICK, by_confidence, judge, natural
 from benchmarks.prediction.plants import KEPT, MAKERS, SIDE, Known, Plant, Planted
 from brittle.data import Examples
+from brittle.natural_holes import NaturalMap
 
 COUNT = 800
 
@@ -91,11 +92,11 @@ def test_precision_is_that_of_the_ten_of_highest_rate_in_the_best_of_ten_regions
     k = known(members, members, torch.zeros(60, 2), torch.zeros(60, 1))
     number, rate = torch.arange(60) // 20, -torch.arange(60.0)
     rate[20:40] += 100 * members[20:40]
-    best = judge(Regions(number, rate, []), k, torch.arange(60))
+    best = judge(NaturalMap([], number, rate), k, torch.arange(60))
     assert (best.found, best.precision_at_ten, best.rank) == (True, 1.0, 2)
-    best = judge(Regions(number + 10, rate, []), k, torch.arange(60))
+    best = judge(NaturalMap([], number + 10, rate), k, torch.arange(60))
     assert (best.found, best.precision_at_ten, best.rank) == (False, 0.0, None)
-    few = judge(Regions(torch.where(torch.arange(60) < 9, 0, -1), rate, []), k, torch.arange(60))
+    few = judge(NaturalMap([], torch.where(torch.arange(60) < 9, 0, -1), rate), k, torch.arange(60))
     assert few.rank is None
 
 

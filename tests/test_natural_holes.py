@@ -59,7 +59,8 @@ def test_the_rule_finds_new_members_without_their_labels(seed: int) -> None:
     on, _ = found(seed)
     holes = natural_holes(on)
     mass, predicted, _, blob = blobs(seed + 100)
-    number, rate = where(holes, on, mass, predicted)
+    found_there = where(holes, on, mass, predicted)
+    number, rate = found_there.number, found_there.rate
     inside = number == 0
     assert (blob[inside] == FAULTY).double().mean() > 0.9
     assert inside[blob == FAULTY].double().mean() > 0.8
@@ -127,9 +128,16 @@ def test_rates_are_those_of_neighbours_of_the_same_predicted_class() -> None:
 
 def test_an_input_of_a_class_that_no_query_was_given_lies_nowhere() -> None:
     on, _ = found()
-    number, rate = where(natural_holes(on), on, on.place.new_zeros(2, GROUPS), torch.tensor([5, 5]))
-    assert number.tolist() == [-1, -1]
-    assert rate.tolist() == pytest.approx([on.base_rate] * 2)
+    nowhere = where(natural_holes(on), on, on.place.new_zeros(2, GROUPS), torch.tensor([5, 5]))
+    assert nowhere.number.tolist() == [-1, -1]
+    assert nowhere.rate.tolist() == pytest.approx([on.base_rate] * 2)
+
+
+def test_where_all_mass_is_alike_there_is_no_hole() -> None:
+    mass, predicted, failed, _ = blobs()
+    on = ground(torch.full_like(mass, 3.0), predicted, failed)
+    assert natural_holes(on) == []
+    assert (where([], on, mass, predicted).number == -1).all()
 
 
 @pytest.mark.parametrize("outcome", [True, False])

@@ -196,7 +196,7 @@ def test_holes_come_from_predicting_queries_alone(rows: list[dict[str, str]], fi
 def test_holes_are_tested_on_sealed_queries_that_are_right(rows: list[dict[str, str]], findings: Findings) -> None:
     sealed = [row for row in of(rows, part="sealed", kind="probe") if right(row)]
     inside = members_by_rule(sealed)
-    for hole in findings.holes:
+    for hole in [h for h in findings.holes if h.opened_by == "probes"]:
         own = [
             row for row in sealed if int(row["query"]) in inside.get(hole.id, set()) and row["name"] in hole.families
         ]
@@ -206,6 +206,37 @@ def test_holes_are_tested_on_sealed_queries_that_are_right(rows: list[dict[str, 
         assert sum(n == len(hole.families) for n in failed.values()) <= hole.test.failures <= len(failed)
         assert (hole.status == "finding") == (hole.test.verdict == "pass")
     assert sum(hole.test.members for hole in findings.holes if hole.test) > 0
+
+
+def test_natural_holes_are_tested_on_errors_of_all_sealed_queries(
+    rows: list[dict[str, str]], findings: Findings
+) -> None:
+    natural = [hole for hole in findings.holes if hole.opened_by == "nothing"]
+    assert natural
+    for part in ("predict", "sealed"):
+        probed = {row["query"]: row for row in of(rows, part=part, kind="probe")}
+        inside = members_by_rule(list(probed.values()))
+        for hole in natural:
+            own = [row for row in probed.values() if int(row["query"]) in inside.get(hole.id, set())]
+            wrong = [row for row in own if not right(row)]
+            assert {row["clean_class"] for row in own} <= {hole.to_class}
+            if part == "predict":
+                counts = Counter(row["true_class"] for row in wrong)
+                assert counts[hole.from_class] == max(counts.values())
+                continue
+            assert hole.test is not None
+            assert hole.test.members >= len(own)  # those that are probed are the first of the sealed ones
+            assert hole.test.failures >= len(wrong)
+            assert hole.test.members - hole.test.failures >= len(own) - len(wrong)
+    for hole in natural:
+        assert (hole.families, hole.severity.value) == ([], None)
+        assert hole.from_group.split("/")[0] == hole.from_class
+        assert hole.test is not None
+        assert hole.test.base_rate == pytest.approx(natural_rate(findings), abs=1e-9)
+
+
+def natural_rate(findings: Findings) -> float:
+    return next(t.prevalence for t in findings.agreement.targets if t.kind == "natural")
 
 
 def test_predicted_rates_mean_what_is_observed(findings: Findings) -> None:

@@ -17,7 +17,7 @@ from markupsafe import escape
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from sklearn.metrics import roc_auc_score
 
-from brittle.findings import Estimate, Findings
+from brittle.findings import NOTHING, Estimate, Findings
 from brittle.report import curves, page, render
 from brittle.report.charts import Chart, Curves, Dot, Dots, Heat, Points, Scale, Waterfall
 from brittle.report.figures import draw, paint
@@ -204,6 +204,19 @@ def test_a_hole_says_why_it_is_a_finding_or_not(case: Case, change: dict[str, ob
     assert hole.test is not None
     holes = [hole.model_copy(update={"test": hole.test.model_copy(update=change)})]
     assert says in view_of(case.findings.model_copy(update={"holes": holes}), {}).holes[0].told
+
+
+def test_a_natural_hole_names_no_probe_and_no_severity(case: Case) -> None:
+    usual = case.findings.holes[0]
+    natural = usual.model_copy(update={"opened_by": "nothing", "families": [], "severity": NOTHING})
+    findings = case.findings.model_copy(update={"holes": [natural]})
+    shown = view_of(findings, {}).holes[0]
+    assert (shown.families, shown.severity) == ((), "")
+    assert shown.rates.x_label == "failure rate as they are, 95% interval"
+    assert not any("families" in beside.what for beside in shown.beside)
+    text = "".join(Page(render(findings, {}, {})).text)
+    assert f"held up by cluster {natural.to_group}, against {natural.from_group}" in text
+    assert "Opens at" not in text
 
 
 def test_flips_show_contributions_before_and_after(case: Case, view: View) -> None:

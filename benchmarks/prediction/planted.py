@@ -32,7 +32,7 @@ from benchmarks.prediction.plants import Known, Plant, known
 from brittle.agreement import Claim, hole_tests, peers_of, wilson
 from brittle.agreement.regions import Peers, permuted, strata_of
 from brittle.examples.fashion_mnist import ROOT
-from brittle.natural_holes import NaturalHole, ground, held_up_by, natural_holes, where
+from brittle.natural_holes import NaturalMap, ground, held_up_by, natural_holes, where
 
 MNIST = [("removed", 0), ("removed", 1), ("rare", 0), ("rare", 1), ("mislabelled", 0), ("mislabelled", 1)]
 MNIST += [("patch", 0), ("patch", 1)]
@@ -50,15 +50,6 @@ AT_LEAST, AT_MOST = {"found": 0.75}, {"false_findings": 0.1}
 
 
 @dataclass(frozen=True)
-class Regions:
-    """Regions in the order of their rank, and what they say of the sealed inputs."""
-
-    number: Tensor  # shape: (M,) region that an input lies in, -1 for none
-    rate: Tensor  # shape: (M,) higher fails sooner
-    holes: list[NaturalHole]
-
-
-@dataclass(frozen=True)
 class Best:
     """How well one plant was found."""
 
@@ -67,7 +58,7 @@ class Best:
     rank: int | None
 
 
-Make = Callable[[Known, Tensor, Tensor], Regions]
+Make = Callable[[Known, Tensor, Tensor], NaturalMap]
 """(what is known, labelled rows, sealed rows) -> regions, by the labels of the labelled rows alone"""
 
 
@@ -94,30 +85,30 @@ def run(root: Path, cache: Path, quick: bool) -> dict[str, Any]:
     }
 
 
-def natural(place: Tensor, k: Known, labelled: Tensor, sealed: Tensor) -> Regions:
+def natural(place: Tensor, k: Known, labelled: Tensor, sealed: Tensor) -> NaturalMap:
     """Natural holes by any numbers (M, D) in the place of mass."""
     on = ground(place[labelled], k.predicted[labelled], k.failed[labelled])
     holes = natural_holes(on)
-    return Regions(*where(holes, on, place[sealed], k.predicted[sealed]), holes)
+    return where(holes, on, place[sealed], k.predicted[sealed])
 
 
-def ours(k: Known, labelled: Tensor, sealed: Tensor) -> Regions:
+def ours(k: Known, labelled: Tensor, sealed: Tensor) -> NaturalMap:
     """Natural holes by mass."""
     return natural(k.mass, k, labelled, sealed)
 
 
-def by_features(k: Known, labelled: Tensor, sealed: Tensor) -> Regions:
+def by_features(k: Known, labelled: Tensor, sealed: Tensor) -> NaturalMap:
     """The same by penultimate features."""
     return natural(k.features, k, labelled, sealed)
 
 
-def by_confidence(k: Known, labelled: Tensor, sealed: Tensor) -> Regions:
-    """Regions by predicted class and rival, those with most failures first; the least confident inputs first."""
+def by_confidence(k: Known, labelled: Tensor, sealed: Tensor) -> NaturalMap:
+    """NaturalMap by predicted class and rival, those with most failures first; the least confident inputs first."""
     classes = k.logits.shape[1]
     pair = (k.logits.topk(2, dim=1).indices * torch.tensor([classes, 1])).sum(1)
     failures = torch.bincount(pair[labelled], k.failed[labelled].double(), minlength=classes**2)
     rank = failures.argsort(descending=True).argsort()
-    return Regions(rank[pair[sealed]], -k.confidence[sealed], [])
+    return NaturalMap([], rank[pair[sealed]], -k.confidence[sealed])
 
 
 def _others(labelled: Tensor) -> list[tuple[str, Make, Tensor]]:
@@ -134,7 +125,7 @@ def _others(labelled: Tensor) -> list[tuple[str, Make, Tensor]]:
     return whole_half + fewer
 
 
-def judge(regions: Regions, k: Known, sealed: Tensor) -> Best:
+def judge(regions: NaturalMap, k: Known, sealed: Tensor) -> Best:
     """The best of the first ten regions: the share of planted members among its ten inputs of highest rate."""
     best = Best(False, 0.0, None)
     for number in range(FIRST):
@@ -146,7 +137,7 @@ def judge(regions: Regions, k: Known, sealed: Tensor) -> Best:
     return best
 
 
-def verdicts(regions: Regions, failed: Tensor, peers: Peers) -> list[str]:
+def verdicts(regions: NaturalMap, failed: Tensor, peers: Peers) -> list[str]:
     """The audit's test of every hole on the sealed inputs."""
     clean = torch.zeros_like(regions.number)
     claims = [Claim(regions.number == k, clean, regions.rate) for k in range(len(regions.holes))]
@@ -178,7 +169,7 @@ def _row(k: Known, labelled: Tensor, sealed: Tensor, peers: Peers) -> dict[str, 
     }
 
 
-def _relabelled_support(k: Known, labelled: Tensor, regions: Regions, best: Best) -> float | None:
+def _relabelled_support(k: Known, labelled: Tensor, regions: NaturalMap, best: Best) -> float | None:
     """Where labels were changed: their share in the cluster of training examples that holds the found hole up."""
     if best.rank is None or not k.planted.relabelled.any():
         return None

@@ -22,6 +22,7 @@ from brittle.agreement.calibration import reliability
 from brittle.agreement.compare import By, compare
 from brittle.findings import FailureKind, TargetAgreement
 from brittle.holes import Region
+from brittle.natural_holes import NaturalMap
 from brittle.probes import Family
 from brittle.records import AttackRows, Norm
 
@@ -56,6 +57,7 @@ class Predicted:
     by_norm: dict[str, dict[str, Tensor]]  # baselines in other norms, (M,)
     rates: dict[str, Rates]  # by name of the kind: of W natural errors, of M inputs under each family
     holes: list[Region]  # from the predicting queries
+    natural_holes: NaturalMap  # from the same, of W inputs
 
     def baselines(self, rows: Tensor, norm: Norm = "l2") -> dict[str, Tensor]:
         """Of some of the M inputs that are probed and attacked, in a norm. rows: positions."""

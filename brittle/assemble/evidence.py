@@ -9,6 +9,7 @@ from brittle.agreement.contests import Contest
 from brittle.findings import Agreement, HealthCheck, MemoryFidelity
 from brittle.flips import Flips
 from brittle.holes import Region
+from brittle.natural_holes import NaturalMap
 from brittle.outcomes import Observed
 from brittle.path.replay import Path
 from brittle.probes import Family
@@ -31,6 +32,7 @@ class Evidence:
     shift: ShiftMap  # of `split.both`
     observed: Observed  # of `split.both`
     holes: list[Region]
+    natural_holes: NaturalMap  # of `split.natural`
     attacked: list[AttackRows]  # on sealed queries that are right when clean
     health: list[HealthCheck]  # of these attacks
     flips: Flips

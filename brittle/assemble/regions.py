@@ -1,4 +1,4 @@
-"""Holes as findings, each held against the sealed queries that are right when clean."""
+"""Holes as findings, each held against sealed queries: those that are right when clean, and for natural holes all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from brittle.agreement import Claim, calibrate, hole_tests, peers_of
 from brittle.agreement.baselines.outputs import softmax_confidence
 from brittle.assemble.estimates import mean
 from brittle.assemble.evidence import Evidence
+from brittle.assemble.natural import natural_findings
 from brittle.findings import Estimate, Hole, HoleTest
 from brittle.holes import Leak, Region, leak_of, membership
 from brittle.outcomes import Observed
@@ -39,7 +40,29 @@ def failure_rate(leak: Leak, observed: Observed, predict: Queries, families: Seq
 
 
 def hole_findings(e: Evidence, generator: torch.Generator) -> list[Hole]:
-    """Every hole with its test on the sealed queries that are right when clean."""
+    """Every hole with its test, by predicted failure rate times support."""
+    found = [*_probe_findings(e, generator), *natural_findings(e, generator)]
+    return sorted(found, key=lambda hole: (hole.predicted_rate.value or 0.0) * hole.support, reverse=True)
+
+
+def holes_of_queries(e: Evidence) -> list[list[int]]:
+    """The holes that each query of `split.both` lies in, by their rule."""
+    leak, natural = leak_of(e.shift, e.groups), _natural_of_queries(e)
+    inside = [membership(region, leak)[0].tolist() for region in e.holes]
+    inside += [(natural == k).tolist() for k in range(len(e.natural_holes.holes))]
+    return [[number for number, rows in enumerate(inside) if rows[m]] for m in range(len(e.split.both))]
+
+
+def _natural_of_queries(e: Evidence) -> Tensor:
+    """The natural hole that each query of `split.both` lies in, -1 for none: those that made it, then by its rule."""
+    predict = torch.full((e.first,), -1)
+    for k, hole in enumerate(e.natural_holes.holes):
+        predict[hole.members] = k
+    return torch.cat([predict, e.natural_holes.number[: len(e.split.sealed)]])
+
+
+def _probe_findings(e: Evidence, generator: torch.Generator) -> list[Hole]:
+    """Every hole that probes open, with its test on the sealed queries that are right when clean."""
     sealed, observed = e.split.sealed, e.observed[e.first :]
     right = sealed.right
     rate = failure_rate(
@@ -49,13 +72,6 @@ def hole_findings(e: Evidence, generator: torch.Generator) -> list[Hole]:
     peers = peers_of(sealed.pairs.predicted[right], -softmax_confidence(sealed.logits[right]), generator)
     tests = hole_tests([_claim(r, leak, rate) for r in e.holes], observed.failed(sealed.targets)[right], peers)
     return [_hole(e, number, *pair) for number, pair in enumerate(zip(e.holes, tests, strict=True))]
-
-
-def holes_of_queries(e: Evidence) -> list[list[int]]:
-    """The holes that each query of `split.both` lies in, by their rule."""
-    leak = leak_of(e.shift, e.groups)
-    inside = [membership(region, leak)[0].tolist() for region in e.holes]
-    return [[number for number, rows in enumerate(inside) if rows[m]] for m in range(len(e.split.both))]
 
 
 def _claim(region: Region, leak: Leak, rate: Callable[..., Tensor]) -> Claim:

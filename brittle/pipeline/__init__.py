@@ -166,6 +166,7 @@ def _run(c: Context, spec: str | None) -> Findings:
         shift=moved,
         observed=observed,
         holes=regions,
+        natural_holes=predicted.natural_holes,
         attacked=attacked,
         health=believed,
         flips=flipped,

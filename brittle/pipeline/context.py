@@ -19,6 +19,7 @@ from brittle.kernel.halved import Halved
 from brittle.kernel.memory import Memory
 from brittle.kernel.units import Part
 from brittle.mass import groups_of
+from brittle.natural_holes import NaturalHole, NaturalMap
 from brittle.outcomes import Observed
 from brittle.path.replay import Path
 from brittle.probes import Family, families_for
@@ -40,6 +41,8 @@ RECORDS = {
         Halved,
         Ledger,
         Memory,
+        NaturalHole,
+        NaturalMap,
         Observed,
         Pairs,
         Part,

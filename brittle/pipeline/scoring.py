@@ -14,6 +14,7 @@ from brittle.agreement.baselines import gradient_passes, gradient_scores
 from brittle.agreement.contests import NATURAL, Predicted, Rates
 from brittle.holes import Region
 from brittle.kernel.memory import Memory, mass
+from brittle.natural_holes import ground, natural_holes, where
 from brittle.outcomes import Observed
 from brittle.pipeline.context import Context
 from brittle.probes import MAP_SHARES
@@ -41,7 +42,7 @@ def predictions(c: Context, memory: Memory, shift: ShiftMap, observed: Observed,
         rates = {NATURAL: _rates(next(iter(learned.values())), ~clean, next(iter(ours.values())))}
         for f, family in enumerate(c.families):
             rates[family.name] = _rates(named[:first][clean, f], failed[:, f], named[first:, f])
-        sealed = shift[first:]
+        sealed, on = shift[first:], ground(shift[:first].mass, predict.pairs.predicted, ~clean)
         return Predicted(
             natural=ours,
             probes={name: score[first:] for name, score in under.items()},
@@ -54,6 +55,7 @@ def predictions(c: Context, memory: Memory, shift: ShiftMap, observed: Observed,
             by_norm={"linf": steep},
             rates=rates,
             holes=holes,
+            natural_holes=where(natural_holes(on), on, masses, natural.pairs.predicted),
         )
 
     return c.stages("predictions", "fixing what is predicted", compute)

@@ -23,6 +23,7 @@ GLOSSARY = (
     ("Reference severity", "The severity of a probe family at which failures are predicted and observed."),
     ("Shift", "The change of mass from a query to its probe: what leaves and what arrives."),
     ("Hole", "A predicted failure region: queries and probes whose mass leaks from the same group to the same group."),
+    ("Natural hole", "A hole that no probe opens: queries held up alike that are predicted to be wrong as they are."),
     ("Finding", "A hole that fails more often than random regions of its size, class and confidence."),
     ("Support", "The number of queries in a hole."),
     ("Failure", "An observed misclassification: natural, under a probe, or by an attack. Kinds are never pooled."),

@@ -83,10 +83,10 @@ def _hole(hole: Hole, rank: int) -> HoleView:
         members=tuple((f"test:{i}", f"test input {i}") for i in others[:MOST_MEMBERS]),
         more_members=max(len(others) - MOST_MEMBERS, 0),
         support=number(hole.support),
-        severity=str(amount(hole.severity)),
+        severity=str(amount(hole.severity)) if hole.families else "",
         predicted=str(amount(hole.predicted_rate, "share")),
         observed=str(amount(test.observed_rate, "share")) if test else "not tested",
-        beside=_beside(test) if test else (),
+        beside=_beside(test, hole) if test else (),
         verdict=test.verdict if test else None,
         word=WORDS[test.verdict] if test else "not tested",
         finding=hole.status == "finding",
@@ -100,17 +100,19 @@ def anchor(hole_id: int) -> str:
     return f"hole-{hole_id}"
 
 
-def _beside(test: HoleTest) -> tuple[Beside, ...]:
+def _beside(test: HoleTest, hole: Hole) -> tuple[Beside, ...]:
+    of_all = "the same families over all inputs that are right when clean" if hole.families else "all sealed inputs"
+    under = ", under the same families" if hole.families else ""
     rates = (
-        ("All inputs", "failure rate of the same families over all inputs that are right when clean", test.base_rate),
+        ("All inputs", f"failure rate of {of_all}", test.base_rate),
         (
             "Least confident",
-            "failure rate of as many of the least confident inputs, under the same families",
+            "failure rate of as many of the least confident inputs" + under,
             test.least_confident.value,
         ),
         (
             "Random regions",
-            "mean failure rate of random regions of the same size, class, confidence and families",
+            "mean failure rate of random regions of the same size, class and confidence" + under,
             test.random.value,
         ),
     )
@@ -159,7 +161,7 @@ def _rates(hole: Hole) -> Dots:
     observed = f", observed {amount(test.observed_rate, 'share')}" if test else ", not tested"
     return Dots(
         tuple(rows),
-        x_label="failure rate at the reference severity, 95% interval",
+        x_label=f"failure rate {'at the reference severity' if hole.families else 'as they are'}, 95% interval",
         alt=f"Failure rate of hole {hole.id}: predicted {amount(p, 'share')}{observed}",
         reference=test.base_rate if test else None,
         reference_label="all inputs",
