@@ -22,6 +22,7 @@ from brittle.data import Examples
 from brittle.errors import RunFolderError, SealedError
 from brittle.findings import Findings
 from brittle.kernel.units import BUDGET
+from brittle.pipeline import attack
 from brittle.pipeline.context import Asked, begin
 from brittle.pipeline.mapping import holes, memory, shift
 from brittle.pipeline.observing import probes
@@ -416,6 +417,15 @@ def test_predictions_may_not_change_in_a_folder_once_its_labels_are_open(subject
                     unseal(c, better)
                 with pytest.raises(SealedError, match="before predictions are fixed"):
                     _ = c.split.sealed.targets
+
+
+def test_attacks_asked_for_alone_are_noted_as_having_seen_labels(subject: Subject, tmp_path: Path) -> None:
+    attack(subject, tmp_path / "run", queries=20, progress=False)
+    with begin(subject, tmp_path / "run", Asked(20, 0, "cpu", "quick", None, {}, False, BUDGET, False)) as c:
+        built = memory(c)
+        moved, observed = shift(c, built), probes(c)
+        note = unseal(c, predictions(c, built, moved, observed, holes(c, moved, observed)))[1]
+    assert note.observed_before == ["attacks"]
 
 
 def test_rates_are_fitted_on_the_predicting_part_and_held_against_the_sealed_one(
