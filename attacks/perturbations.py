@@ -12,7 +12,7 @@ equally spaced severities is looked for, and then the boundary below it is halve
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,7 @@ class Severities:
 
     family: str
     unit: str
+    reference: float
     most: float  # the largest severity that was tried
     severity: Tensor  # shape: (M,) float64; 0 where the clean input is wrong
     holds: Tensor  # shape: (M,) float64, the largest severity below it that was seen to hold
@@ -120,7 +121,7 @@ def failure_severity(
     rows = (high.isfinite() & queries.right).nonzero()[:, 0]
     for _ in range(HALVINGS if len(rows) else 0):
         look((low[rows] + high[rows]) / 2, rows)
-    return Severities(family.name, family.unit, most, high, low, new_class, spent)
+    return Severities(family.name, family.unit, family.reference, most, high, low, new_class, spent)
 
 
 def failure_severities(
@@ -129,12 +130,15 @@ def failure_severities(
     families: Sequence[Family],
     *,
     generator: torch.Generator,
+    draws: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> list[Severities]:
-    """Where each query first fails under each family."""
+    """Where each query first fails under each family. draws: randomness by family; made anew where there is none."""
     found = []
     for k, family in enumerate(families):
-        found.append(failure_severity(subject, queries, family, family.draw(queries.inputs, generator)))
+        drawn = (draws or {}).get(family.name)
+        drawn = family.draw(queries.inputs, generator) if drawn is None else drawn
+        found.append(failure_severity(subject, queries, family, drawn))
         if progress:
             progress(k + 1, len(families))
     return found

@@ -268,6 +268,19 @@ class AttackResult(Record):
     evaluations: float = Field(description="mean gradient evaluations an input")
 
 
+class PerturbationResult(Record):
+    """The severity at which inputs that are right when clean first fail under one perturbation that people meet."""
+
+    name: str
+    unit: str
+    reference: float = Field(description="severity at which probes are predicted and observed")
+    most: float = Field(description="the largest severity that was tried")
+    inputs: int
+    failing: Estimate = Field(description="share of inputs that fail by the largest severity, Wilson interval")
+    median_severity: Estimate = Field(description="inputs that never failed count as infinitely far")
+    evaluations: float = Field(description="mean forward passes an input")
+
+
 class HealthCheck(Record):
     """One check of whether the attacks can be believed."""
 
@@ -286,6 +299,9 @@ class Attacks(Record):
     results: list[AttackResult]
     verdict: Verdict = Field(default="inconclusive", description="inconclusive where a health check failed or none ran")
     health: list[HealthCheck] = []
+    perturbations: list[PerturbationResult] = Field(
+        default=[], description="failure severities, of images; a row each input and family in failures.csv"
+    )
 
 
 class ScoreResult(Record):

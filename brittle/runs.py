@@ -190,6 +190,14 @@ class RunFolder:
         table.writerows(rows)
         write_bytes(self.root / "failures.csv", text.getvalue().encode())
 
+    def add_failures(self, rows: Iterable[Mapping[str, object]]) -> None:
+        """Put rows into failures.csv, in place of those of the same query, kind, name and norm; the others stay."""
+        key = lambda row: tuple(str(row[name]) for name in ("query", "kind", "name", "norm"))  # noqa: E731
+        rows = list(rows)
+        fresh = {key(row) for row in rows}
+        before = self.failures() if (self.root / "failures.csv").exists() else []
+        self.save_failures([*rows, *(row for row in before if key(row) not in fresh)])
+
     def failures(self) -> list[dict[str, str]]:
         """The rows of failures.csv, as text."""
         return list(csv.DictReader(io.StringIO(read_bytes(self.root / "failures.csv").decode())))

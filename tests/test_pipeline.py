@@ -134,6 +134,21 @@ def test_every_query_has_one_row_a_probe_family_and_a_sealed_one_a_row_an_attack
         assert [(row["name"], row["norm"]) for row in of(own, kind="attack")] == (attacks if attacked else [])
 
 
+def test_a_perturbations_severity_is_no_larger_than_the_probe_that_failed(
+    rows: list[dict[str, str]], findings: Findings
+) -> None:
+    told = findings.attacks.perturbations
+    assert {"rotation", "scale", "JPEG"} <= {result.name for result in told}
+    for result in told:
+        found = {row["query"]: float(row["distance"]) for row in of(rows, kind="perturbation", name=result.name)}
+        assert len(found) == result.inputs == findings.attacks.inputs
+        assert sum(map(math.isfinite, found.values())) / len(found) == pytest.approx(result.failing.value)
+        assert max(found.values(), default=0) <= result.most or math.inf in found.values()
+        if result.name != "contrast":  # whose levels are other ones, since it ends sooner
+            for row in of(rows, kind="probe", part="sealed", name=result.name, success="True"):
+                assert found[row["query"]] <= float(row["distance"]) * (1 + 1e-6)
+
+
 def test_the_rows_of_probes_add_up_to_the_observed_failures(rows: list[dict[str, str]], findings: Findings) -> None:
     held = {target.name: target for target in findings.agreement.targets if target.kind == "probe"}
     assert list(held) == [family.name for family in findings.prediction.families]

@@ -7,6 +7,7 @@ import math
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -17,12 +18,12 @@ from markupsafe import escape
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from sklearn.metrics import roc_auc_score
 
-from brittle.findings import NOTHING, Estimate, Findings
+from brittle.findings import NOTHING, Estimate, Findings, HealthCheck, PerturbationResult, Verdict
 from brittle.report import curves, page, render
 from brittle.report.charts import Chart, Curves, Dot, Dots, Heat, Points, Scale, Waterfall
 from brittle.report.figures import draw, paint
 from brittle.report.figures.style import STYLE
-from brittle.report.formatting import NONE, amount, percent
+from brittle.report.formatting import NONE, amount, percent, with_unit
 from brittle.report.pictures import Album
 from brittle.report.view import SECTIONS, View, view_of
 from brittle.report.view.agreement import FIGURES
@@ -383,7 +384,53 @@ def test_a_median_beyond_reach_is_infinite(case: Case) -> None:
         update={"success": result.success.model_copy(update={"value": 0.3}), "median_distance": gone}
     )
     attacks = case.findings.attacks.model_copy(update={"results": [result]})
-    assert view_of(case.findings.model_copy(update={"attacks": attacks}), {}).attacks[0].median == "∞"
+    assert view_of(case.findings.model_copy(update={"attacks": attacks}), {}).attacks.rows[0].median == "∞"
+
+
+def test_a_failed_check_of_the_attacks_is_told_first_and_everywhere(case: Case) -> None:
+    verdicts: list[Literal["pass", "fail", "warn"]] = ["pass", "fail", "warn"]
+    health = [
+        HealthCheck(name=f"check {v}", norm=norm, verdict=v, value=0.5, sentence=f"what {v} says")
+        for norm in ("l2", "linf")
+        for v in verdicts
+        if norm == "l2" or v == "pass"
+    ]
+    view = view_of(_with_health(case, health, "inconclusive"), {})
+    assert view.attacks.verdict == "inconclusive"
+    assert "check fail failed" in view.attacks.sentence
+    assert [panel.verdict for panel in view.attacks.panels] == ["inconclusive", "pass"]
+    assert [check.verdict for check in view.attacks.panels[0].checks] == ["fail", "warn", "pass"]
+    assert view.attacks.panels[0].passed == "1 of 3 passed"
+    (card,) = (card for card in view.headline.cards if card.title == "Median adversarial distance")
+    assert card.verdict == "inconclusive"
+    assert "check fail" in card.note
+    sound = view_of(_with_health(case, [check for check in health if check.verdict != "fail"], "pass"), {})
+    assert sound.attacks.sentence == "3 checks of the attacks, none failed, 1 warned."
+    (card,) = (card for card in sound.headline.cards if card.title == "Median adversarial distance")
+    assert card.verdict is None
+
+
+def test_a_failure_severity_stands_with_its_unit_or_was_not_reached(case: Case) -> None:
+    told = PerturbationResult(
+        name="rotation",
+        unit="degrees",
+        reference=20,
+        most=40,
+        inputs=90,
+        failing=Estimate(value=0.6, low=0.5, high=0.7),
+        median_severity=Estimate(value=31.25, low=28, high=35),
+        evaluations=12.0,
+    )
+    never = told.model_copy(update={"median_severity": NOTHING})
+    attacks = case.findings.attacks.model_copy(update={"perturbations": [told, never]})
+    rows = view_of(case.findings.model_copy(update={"attacks": attacks}), {}).attacks.perturbations
+    assert (rows[0].most, rows[0].median) == (with_unit("degrees", 40), with_unit("degrees", 31.25))
+    assert rows[1].median == "not reached"
+
+
+def _with_health(case: Case, health: list[HealthCheck], verdict: Verdict) -> Findings:
+    attacks = case.findings.attacks.model_copy(update={"health": health, "verdict": verdict})
+    return case.findings.model_copy(update={"attacks": attacks})
 
 
 # Numbers and curves

@@ -40,6 +40,16 @@ def files(root: Path) -> set[str]:
     return {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and p.suffix != ".sha256"}
 
 
+def test_rows_that_are_added_replace_their_own_and_leave_the_others(tmp_path: Path) -> None:
+    row = {"query": 1, "kind": "attack", "name": "FAB", "norm": "l2", "distance": 0.5}
+    with open_run(tmp_path, SETTINGS) as run:
+        run.add_failures([row, row | {"query": 2}])
+        run.add_failures([row | {"distance": 0.25}, row | {"name": "FAB at 1"}])
+        found = {(r["query"], r["name"]): r["distance"] for r in run.failures()}
+        assert len(run.failures()) == 3
+    assert found == {("1", "FAB"): "0.25", ("2", "FAB"): "0.5", ("1", "FAB at 1"): "0.5"}
+
+
 def test_each_file_lies_where_the_design_says(tmp_path: Path) -> None:
     finish(tmp_path / "run")
     expected = "settings.json findings.json holes.json failures.csv report.html pictures.safetensors .lock"

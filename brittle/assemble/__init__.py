@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from brittle.assemble.attacked import attacks, norms_of
+from brittle.assemble.attacked import attacks, norms_of, severity_rows
 from brittle.assemble.evidence import Evidence
 from brittle.assemble.facts import clean, fidelity, subject_facts, warnings
 from brittle.assemble.prediction import prediction
@@ -38,11 +38,13 @@ def write_run(e: Evidence, holes: list[Hole], suggestions: Suggestions, run: Run
     parts = ["predict"] * e.first + ["sealed"] * len(sealed)
     share = leak_of(e.shift, e.groups).share
     probe_rows = failure_rows(e.subject, e.split.both, e.families, e.observed, share, lies_in, parts)
-    attacked = attack_rows(e.subject, sealed[right], e.attacked, [lies_in[e.first + int(r)] for r in right])
+    held = [lies_in[e.first + int(r)] for r in right]
+    attacked = attack_rows(e.subject, sealed[right], e.attacked, held)
+    perturbed = severity_rows(e.subject, sealed[right], e.perturbed, held)
     arrays = figure_arrays(e.subject, e.shift, e.split.both, e.groups, e.contests, e.account, e.first)
     arrays |= {f"distance.{norm}": envelope(e.attacked, norm).distance for norm in norms_of(e.attacked)}
     shown = pictures(e.subject, findings, e.flips.after)
-    run.save_failures([*probe_rows, *attacked])
+    run.add_failures([*probe_rows, *attacked, *perturbed])
     run.save_document("holes", [hole.model_dump() for hole in holes])
     run.save_document("train", training_index(e.subject))
     run.save("figures", arrays)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from brittle.accounts import Account
 from brittle.agreement.contests import Contest
+from brittle.attacks.perturbations import Severities
 from brittle.findings import Agreement, HealthCheck, MemoryFidelity
 from brittle.flips import Flips
 from brittle.holes import Region
@@ -35,6 +36,7 @@ class Evidence:
     natural_holes: NaturalMap  # of `split.natural`
     attacked: list[AttackRows]  # on sealed queries that are right when clean
     health: list[HealthCheck]  # of these attacks
+    perturbed: list[Severities]  # of the same queries; none where they are no images
     flips: Flips
     account: Account  # of the predicting queries, then every flip before and after
     contests: list[Contest]

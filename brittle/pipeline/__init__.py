@@ -7,6 +7,7 @@
     predictions  scores, baselines, rates and holes: all that is said of the sealed queries, without their labels
     opening    the labels of the sealed queries, once
     attacks    the nearest failure of each sealed query
+    severities where each sealed image first fails under perturbations that people meet
     ledger     the account of the first queries, in units of work, and of the worst flips before and after
     agreement  predicted against observed, on sealed queries
     suggest    which examples to add, checked by retraining
@@ -32,7 +33,7 @@ from brittle.pipeline.charting import Charted, chart
 from brittle.pipeline.context import PRESETS, Asked, Context, begin
 from brittle.pipeline.judging import agreement, suggestions
 from brittle.pipeline.mapping import holes, memory, memory_fidelity, shift
-from brittle.pipeline.observing import attacks, flips, health, probes
+from brittle.pipeline.observing import attacks, flips, health, probes, severities
 from brittle.pipeline.opening import unseal
 from brittle.pipeline.scoring import predictions
 from brittle.records import Norm
@@ -152,6 +153,7 @@ def _run(c: Context, spec: str | None) -> Findings:
     regions = predicted.holes
     attacked = attacks(c, built)
     believed = health(c, attacked)
+    perturbed = severities(c)
     flipped = flips(c, observed, attacked)
     accounted = whole_account(c, flipped)
     contests, agreed = agreement(c, predicted, sealed, observed, attacked)
@@ -169,6 +171,7 @@ def _run(c: Context, spec: str | None) -> Findings:
         natural_holes=predicted.natural_holes,
         attacked=attacked,
         health=believed,
+        perturbed=perturbed,
         flips=flipped,
         account=accounted,
         contests=contests,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from brittle.agreement import wilson
 from brittle.assemble.estimates import median
 from brittle.attacks.envelope import envelope
 from brittle.attacks.plan import members
+from brittle.attacks.verify import ROUNDING
 from brittle.errors import DataError
 from brittle.findings import Estimate, HealthCheck
 from brittle.kernel.memory import Memory
@@ -26,7 +27,6 @@ from brittle.pipeline.context import NORMS, Context
 from brittle.pipeline.mapping import memory
 from brittle.pipeline.observing import attacks, examined, health, run_suite
 from brittle.records import AttackRows, Norm, Progress
-from brittle.runs import RunFolder
 from brittle.stages import Spend
 
 
@@ -71,7 +71,8 @@ class Attacked:
     def nearest(self, norm: Norm) -> tuple[Estimate, Estimate | None]:
         """Median distance over all attacks, and the share that holds within epsilon, where one was named."""
         far = envelope(self.rows, norm).distance.double()
-        held = None if self.epsilon is None else wilson(int((far > self.epsilon).sum()), len(far))
+        beyond = None if self.epsilon is None else int((far > self.epsilon * (1 + ROUNDING)).sum())
+        held = None if beyond is None else wilson(beyond, len(far))
         return median(far), held
 
 
@@ -97,7 +98,7 @@ def attack(c: Context, wish: Wish) -> Attacked:
         checks = health(c, rows)
     else:
         rows, checks = _wished(c, wish, built)
-    _note(c.stages.run, list(attack_rows(c.subject, right, rows, [[]] * len(right))))
+    c.stages.run.add_failures(attack_rows(c.subject, right, rows, [[]] * len(right)))
     return Attacked(len(right), len(sealed) - len(right), rows, checks, wish.epsilon)
 
 
@@ -120,11 +121,3 @@ def _wished(c: Context, wish: Wish, built: Memory) -> tuple[list[AttackRows], li
 def _named(rows: AttackRows, epsilon: float | None) -> AttackRows:
     """An attack within a distance of the user's choice says so in its name."""
     return rows if epsilon is None or rows.kind == "minimal" else replace(rows, attack=f"{rows.attack} at {epsilon:g}")
-
-
-def _note(run: RunFolder, rows: Sequence[Mapping[str, object]]) -> None:
-    """Put rows into the failures table, in place of those of the same query, attack and norm."""
-    key = lambda row: tuple(str(row[name]) for name in ("query", "kind", "name", "norm"))  # noqa: E731
-    fresh = {key(row) for row in rows}
-    before = run.failures() if (run.root / "failures.csv").exists() else []
-    run.save_failures([*(row for row in before if key(row) not in fresh), *rows])

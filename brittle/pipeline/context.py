@@ -12,6 +12,7 @@ from torch import Tensor
 
 from brittle import accounts
 from brittle.agreement.contests import Contest, Predicted, Rates
+from brittle.attacks.perturbations import Severities
 from brittle.deterministic import deterministic
 from brittle.errors import UsageError
 from brittle.holes import Region
@@ -49,6 +50,7 @@ RECORDS = {
         Predicted,
         Rates,
         Region,
+        Severities,
         ShiftMap,
     )
 }

@@ -11,6 +11,7 @@ import torch
 from brittle.attacks import suite
 from brittle.attacks.envelope import envelope
 from brittle.attacks.health import Check, examine
+from brittle.attacks.perturbations import Severities, failure_severities, perturbations
 from brittle.findings import HealthCheck
 from brittle.flips import Flips, worst_flips
 from brittle.kernel.differentiable import differentiable_mass
@@ -18,6 +19,7 @@ from brittle.kernel.memory import Memory
 from brittle.mass import class_groups
 from brittle.outcomes import Observed, observe
 from brittle.pipeline.context import NORMS, Context
+from brittle.probes import is_image
 from brittle.records import AttackRows, Norm, Progress
 from brittle.stages import Spend
 
@@ -45,6 +47,28 @@ def health(c: Context, attacked: list[AttackRows]) -> list[HealthCheck]:
 
     checks = c.stages("attacks/health", "checking the attacks", compute)
     return [HealthCheck.model_validate(check) for check in checks]
+
+
+def severities(c: Context) -> list[Severities]:
+    """Where each sealed query that is right first fails under perturbations that people meet; none of what no image is.
+
+    The families of the probes keep their draws, so that both look at the same pictures.
+    """
+    right = c.split.sealed.right
+    if not is_image(c.subject.test.inputs.shape[1:]):
+        return []
+    families = perturbations(c.subject.test.inputs.shape[1:], c.subject.bounds)
+    draws = {name: drawn[right] for name, drawn in c.sealed_draws().items()}
+    generator = c.stages.generator("severities")
+
+    def compute(tick: Progress, spend: Spend) -> list[Severities]:
+        found = failure_severities(
+            c.subject, c.split.sealed[right], families, generator=generator, draws=draws, progress=tick
+        )
+        spend(sum(int(f.evaluations.sum()) for f in found))
+        return found
+
+    return c.stages("severities", "perturbing", compute)
 
 
 def run_suite(

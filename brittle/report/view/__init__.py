@@ -15,7 +15,8 @@ from torch import Tensor
 from brittle.findings import Findings
 from brittle.report.view.account import Account, account_of
 from brittle.report.view.agreement import AgreementView, agreement_of
-from brittle.report.view.closing import GLOSSARY, AttackRow, CostView, attacks_of, cost_of
+from brittle.report.view.attacks import AttacksView, attacks_of
+from brittle.report.view.closing import GLOSSARY, CostView, cost_of
 from brittle.report.view.failing import Failing, failing_of
 from brittle.report.view.flips import FlipView, flips_of
 from brittle.report.view.headline import Headline, headline_of
@@ -53,7 +54,7 @@ class View:
     agreement: AgreementView
     missing: Missing
     account: Account
-    attacks: tuple[AttackRow, ...]
+    attacks: AttacksView
     warnings: tuple[str, ...]
     cost: CostView
     glossary: tuple[tuple[str, str], ...]

@@ -1,12 +1,11 @@
-"""The end of the page: attacks, cost, and the words used."""
+"""The end of the page: cost, and the words used."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from brittle.findings import AttackResult, Findings
-from brittle.report.formatting import amount, duration, norm_name, number, percent
-from brittle.report.view.headline import distance
+from brittle.findings import Findings
+from brittle.report.formatting import duration, number
 
 GLOSSARY = (
     ("Query", "An input whose prediction is explained."),
@@ -33,22 +32,6 @@ GLOSSARY = (
 
 
 @dataclass(frozen=True)
-class AttackRow:
-    """One attack in words."""
-
-    name: str
-    norm: str
-    kind: str
-    envelope: bool
-    epsilon: str
-    inputs: str
-    success: str
-    median: str
-    smallest: str
-    evaluations: str
-
-
-@dataclass(frozen=True)
 class StageRow:
     """What one stage cost; `share` of the whole time."""
 
@@ -64,26 +47,6 @@ class CostView:
     total: str
     device: str
     stages: tuple[StageRow, ...]
-
-
-def attacks_of(findings: Findings) -> tuple[AttackRow, ...]:
-    """Attacks in the order of the findings."""
-    return tuple(_attack(result) for result in findings.attacks.results)
-
-
-def _attack(result: AttackResult) -> AttackRow:
-    return AttackRow(
-        name=result.name,
-        norm=norm_name(result.norm),
-        kind={"minimal": "minimal", "fixed": "fixed budget", "envelope": "envelope"}[result.kind],
-        envelope=result.kind == "envelope",
-        epsilon="" if result.epsilon is None else number(result.epsilon),
-        inputs=number(result.inputs),
-        success=str(amount(result.success, "share")),
-        median="" if result.kind == "fixed" else str(distance(result)),
-        smallest="" if result.smallest_share is None else percent(result.smallest_share),
-        evaluations=number(result.evaluations),
-    )
 
 
 def cost_of(findings: Findings) -> CostView:

@@ -126,11 +126,14 @@ def _map(findings: Findings) -> Card:
 
 def _distance(findings: Findings) -> Card:
     envelopes = [result for result in findings.attacks.results if result.kind == "envelope"]
+    failed = dict.fromkeys(check.name for check in findings.attacks.health if check.verdict == "fail")
+    note = "smallest change that flips the prediction, over all attacks" if envelopes else "no attack was run"
     return Card(
         "Median adversarial distance",
         tuple(_median(result) for result in envelopes) or (Amount(NONE),),
-        "smallest change that flips the prediction, over all attacks" if envelopes else "no attack was run",
+        f"{note}; not to be believed, checks failed: {', '.join(failed)}" if failed else note,
         "A measurement: no bar is set. An input that no attack fooled counts as infinitely far.",
+        "inconclusive" if failed else None,
     )
 
 
