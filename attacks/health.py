@@ -17,7 +17,7 @@ Sources: Carlini et al. 2019, "On evaluating adversarial robustness" (arXiv 1902
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -26,12 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from brittle.attacks.apgd import Climb, climb
-from brittle.attacks.geometry import distance, room, spread, within
+from brittle.attacks.geometry import room, spread, within
 from brittle.attacks.problem import Problem
+from brittle.attacks.returned import Check, distances, eight_bits, graded, labels
 from brittle.attacks.search import Search
 from brittle.records import AttackRows
-
-Verdict = Literal["pass", "warn", "fail"]
 
 SAMPLE = 50
 """Inputs on which checks attack anew."""
@@ -41,23 +40,6 @@ STEPS = 10
 
 EXPLODES = 1e8
 """Times the median gradient at which one counts as exploding."""
-
-SAME = 1e-9
-"""Relative difference up to which two float64 distances are the same."""
-
-LEVELS = 255
-"""Steps of an 8-bit value."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """What one check says."""
-
-    name: str
-    verdict: Verdict
-    value: float  # the figure that was looked at
-    sentence: str
-    cost: int = 0  # evaluations
 
 
 def examine(
@@ -111,7 +93,7 @@ def gradients(problem: Problem, generator: torch.Generator) -> Check:
     bad = (lost | wild).all(0).double().mean().item()
     return Check(
         "gradients",
-        _graded(bad, 0.0, 0.1),
+        graded(bad, 0.0, 0.1),
         bad,
         f"{bad:.0%} of the inputs have a gradient that is 0, not finite, or exploding"
         + ("; attacks that follow gradients cannot see there" if bad else ""),
@@ -128,7 +110,7 @@ def outputs(problem: Problem) -> Check:
     remedy = "; their gradients vanish where the model is sure, return the logits before the softmax"
     return Check(
         "outputs",
-        _graded(shares, 0.05, 0.5),
+        graded(shares, 0.05, 0.5),
         shares,
         f"the model returns {found}" + (remedy if shares > 0.5 else ""),
         int(search.evaluations.sum()),
@@ -142,11 +124,11 @@ def randomness(problem: Problem) -> Check:
     scale = first.abs().amax(1).clamp_min(torch.finfo(first.dtype).tiny)
     change = ((first - again).abs().amax(1) / scale).max().item()
     drawn = problem.draws > 1
-    graded = _graded(change, 1e-4, 0.5 if drawn else 1e-2)
+    verdict = graded(change, 1e-4, 0.5 if drawn else 1e-2)
     sentence = f"asked twice, logits differ by {change:.1g} of the largest"
     remedy = "; name more draws" if drawn else "; attack a random model with draws=10 or more"
     return Check(
-        "randomness", graded, change, sentence + (remedy if graded != "pass" else ""), int(search.evaluations.sum())
+        "randomness", verdict, change, sentence + (remedy if verdict != "pass" else ""), int(search.evaluations.sum())
     )
 
 
@@ -161,7 +143,7 @@ def black_box(rows: Sequence[AttackRows]) -> Check:
     ahead = blind[0].success & ~found
     share = ahead.double().mean().item()
     sentence = f"the black-box attack alone fooled {int(ahead.sum())} of {len(ahead)} inputs within {epsilon:.3g}"
-    return Check("black box", _graded(share, 0.0, 0.02), share, sentence)
+    return Check("black box", graded(share, 0.0, 0.02), share, sentence)
 
 
 def unbounded(problem: Problem, generator: torch.Generator) -> Check:
@@ -171,7 +153,7 @@ def unbounded(problem: Problem, generator: torch.Generator) -> Check:
     search = _climbed(problem, farthest, 2 * STEPS, generator)
     held = search.best.isinf().double().mean().item()
     sentence = f"{held:.0%} of the inputs hold even where the whole box is allowed"
-    return Check("unbounded", _graded(held, 0.0, 0.05), held, sentence, int(search.evaluations.sum()))
+    return Check("unbounded", graded(held, 0.0, 0.05), held, sentence, int(search.evaluations.sum()))
 
 
 def convergence(problem: Problem, rows: Sequence[AttackRows], generator: torch.Generator) -> Check:
@@ -190,43 +172,7 @@ def convergence(problem: Problem, rows: Sequence[AttackRows], generator: torch.G
     sentence = (
         f"{more:.0%} of the inputs fall to {2 * STEPS} more steps at a median distance at which no attack fooled them"
     )
-    return Check("convergence", _graded(more, 0.0, 0.05), more, sentence, int(search.evaluations.sum()))
-
-
-def distances(problem: Problem, rows: Sequence[AttackRows]) -> Check:
-    """Reported distances against those of the tensors, in float64."""
-    worst = 0.0
-    for r in rows:
-        far = distance(problem.inputs.cpu(), r.adversarials.cpu(), r.norm)
-        off = ((r.distance.double() - far).abs() / far.clamp_min(torch.finfo(torch.float64).tiny))[r.success]
-        worst = max(worst, off.max().item() if len(off) else 0.0)
-    sentence = f"distances computed again in float64 differ by at most {worst:.1g}"
-    return Check("distances", _graded(worst, SAME, 1e-5), worst, sentence)
-
-
-def labels(problem: Problem, rows: Sequence[AttackRows]) -> Check:
-    """Successes that are none when the returned tensors are predicted again."""
-    wrong, total = 0, 0
-    for r in rows:
-        truth = _succeeds(problem, r.adversarials)
-        wrong, total = wrong + int((r.success.cpu() & ~truth).sum()), total + int(r.success.sum())
-    share = wrong / max(total, 1)
-    sentence = f"{wrong} of {total} successes are none when their tensors are predicted again"
-    return Check("labels", _graded(share, 0.0, 0.0), share, sentence, len(rows) * len(problem))
-
-
-def eight_bits(problem: Problem, rows: Sequence[AttackRows]) -> Check:
-    """Successes that a picture of 8 bits a value keeps. No failure of an attack: a warning below a half."""
-    kept, total = 0, 0
-    low, high = (torch.as_tensor(b) for b in problem.bounds)
-    for r in rows:
-        levels = ((r.adversarials.cpu() - low.cpu()) / (high - low).cpu() * LEVELS).round() / LEVELS
-        truth = _succeeds(problem, (low.cpu() + levels * (high - low).cpu()).to(r.adversarials))
-        kept, total = kept + int((r.success.cpu() & truth).sum()), total + int(r.success.sum())
-    share = kept / max(total, 1)
-    sentence = f"{share:.0%} of {total} successes survive rounding to 8 bits"
-    graded: Verdict = "pass" if share >= 0.5 or not total else "warn"
-    return Check("8 bits", graded, share, sentence, len(rows) * len(problem))
+    return Check("convergence", graded(more, 0.0, 0.05), more, sentence, int(search.evaluations.sum()))
 
 
 def _climbed(problem: Problem, radius: Tensor, steps: int, generator: torch.Generator) -> Search:
@@ -242,18 +188,3 @@ def _climbed(problem: Problem, radius: Tensor, steps: int, generator: torch.Gene
 
 def _margin_loss(problem: Problem, logits: Tensor) -> Tensor:
     return F.cross_entropy(logits, problem.labels, reduction="none")
-
-
-@torch.no_grad()
-def _succeeds(problem: Problem, inputs: Tensor) -> Tensor:
-    """Whether inputs are successes by the class predicted there, by the mean of the draws; (B,) bool on the CPU."""
-    points = inputs.to(problem.inputs)
-    found = torch.stack([problem.logits(points) for _ in range(problem.draws)]).mean(0).argmax(1).cpu()
-    return problem.labels.cpu() != found if problem.targets is None else problem.targets.cpu() == found
-
-
-def _graded(value: float, warn: float, fail: float) -> Verdict:
-    """Pass up to `warn`, fail beyond `fail`. What is not a number fails."""
-    if not value <= fail:
-        return "fail"
-    return "warn" if value > warn else "pass"

@@ -11,8 +11,9 @@ from attack_cases import blob_problem, blob_subject, generator, right_queries
 from torch import Tensor
 
 from brittle.attacks import auto_pgd, fmn, seek_holes, square
-from brittle.attacks.health import Check, Verdict, examine, verdict
+from brittle.attacks.health import examine, verdict
 from brittle.attacks.problem import Problem
+from brittle.attacks.returned import Check, Verdict
 from brittle.records import AttackRows, Norm
 
 NORMS: tuple[Norm, ...] = ("l2", "linf")

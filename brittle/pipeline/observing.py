@@ -10,8 +10,9 @@ import torch
 
 from brittle.attacks import suite
 from brittle.attacks.envelope import envelope
-from brittle.attacks.health import Check, examine
+from brittle.attacks.health import examine
 from brittle.attacks.perturbations import Severities, failure_severities, perturbations
+from brittle.attacks.returned import Check
 from brittle.findings import HealthCheck
 from brittle.flips import Flips, worst_flips
 from brittle.kernel.differentiable import differentiable_mass
