@@ -69,7 +69,7 @@ def missing_of(findings: Findings) -> Missing:
             for region in suggestions.regions
         ),
         examples=tuple(
-            PoolExample(f"pool:{e.pool_id}", e.name, e.class_name, number(e.gain), link(e.hole))
+            PoolExample(f"pool:{e.pool_id}", e.name, e.class_name, number(e.gain, 2), link(e.hole))
             for e in suggestions.examples[:MOST_EXAMPLES]
         ),
         more_examples=max(len(suggestions.examples) - MOST_EXAMPLES, 0),
