@@ -2,8 +2,8 @@
 
 Adversarial training as in Madry, Makelov, Schmidt, Tsipras, Vladu 2018, "Towards deep learning models resistant to
 adversarial attacks" (arXiv 1706.06083): Linf 0.3, PGD from random starts, the radius raised over the first half.
-Data: Y. LeCun, C. Cortes, C. Burges, "The MNIST database" in torchvision's layout under BRITTLE_DATA. The path of
-the plain network is recorded, so that a mass map can lead the hole-seeking attack.
+Data: Y. LeCun, C. Cortes, C. Burges, "The MNIST database" in torchvision's layout under BRITTLE_DATA. Both paths are
+recorded, the attacked network's with the inputs that each step really saw.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from brittle.examples.fashion_mnist import ROOT
 from brittle.subject import Subject
 
 RADIUS, STEP = 0.3, 0.1
+
+DISK = 512 << 20
+"""Bytes that the states of a path may take."""
 
 
 @dataclass(frozen=True)
@@ -67,35 +70,38 @@ def network() -> nn.Module:
     )
 
 
-def subjects(size: Size, cache: Path) -> dict[str, Subject]:
-    """The plain and the adversarially trained network, with the paths of their trainings."""
+def subjects(size: Size, cache: Path, seed: int = 0) -> dict[str, Subject]:
+    """The plain and the adversarially trained network, with the paths of their trainings.
+
+    Networks of different seeds start at other weights and see the same images in another order.
+    """
     train, test = data()
     train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: size.train]]
     made = {}
     for name in ("plain", "robust"):
-        folder = cache / f"{name}-{size.train}-{size.epochs}-{size.robust}-{size.steps}"
-        model = _trained(name, train, size, folder)
+        folder = cache / f"{name}-{size.train}-{size.epochs}-{size.robust}-{size.steps}-{seed}"
+        model = _trained(name, train, size, folder, seed)
         print(f"{name}: {_accuracy(model, test):.2%} of the test images are right", file=sys.stderr)
-        made[name] = Subject(model, train, test, name=name, path=folder / "path" if name == "plain" else None)
+        made[name] = Subject(model, train, test, name=name, path=folder / "path")
     return made
 
 
-def _trained(name: str, train: Examples, size: Size, folder: Path) -> nn.Module:
-    torch.manual_seed(0)
+def _trained(name: str, train: Examples, size: Size, folder: Path, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
     model, weights = network(), folder / "weights.pt"
     if weights.exists():
         model.load_state_dict(torch.load(weights, weights_only=True))
         return model.eval()
     folder.mkdir(parents=True, exist_ok=True)
+    optimizer: torch.optim.Optimizer
     if name == "plain":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        recorder = brittle.Recorder(model, optimizer, folder / "path")
-        _fit(model, optimizer, train, size, size.epochs, lambda x, y, done: x, recorder.batch)
-        recorder.close()
+        optimizer, epochs = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), size.epochs
+        change = lambda x, y, done: x  # noqa: E731
     else:
-        attack = lambda x, y, done: _pgd(model, x, y, RADIUS * min(1.0, 2 * done), size.steps)  # noqa: E731
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        _fit(model, optimizer, train, size, size.robust, attack, lambda ids: None)
+        optimizer, epochs = torch.optim.Adam(model.parameters(), lr=1e-3), size.robust
+        change = lambda x, y, done: _pgd(model, x, y, RADIUS * min(1.0, 2 * done), size.steps)  # noqa: E731
+    with brittle.Recorder(model, optimizer, folder / "path", DISK) as recorder:
+        _fit(model, optimizer, recorder, train, size.batch, epochs, seed, change)
     torch.save(model.state_dict(), weights)
     return model.eval()
 
@@ -103,20 +109,22 @@ def _trained(name: str, train: Examples, size: Size, folder: Path) -> nn.Module:
 def _fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    recorder: brittle.Recorder,
     train: Examples,
-    size: Size,
+    batch: int,
     epochs: int,
+    seed: int,
     change: Callable[[Tensor, Tensor, float], Tensor],
-    note: Callable[[Tensor], object],
 ) -> None:
-    order, steps = torch.Generator().manual_seed(0), epochs * -(-len(train) // size.batch)
+    order, steps = torch.Generator().manual_seed(seed), epochs * -(-len(train) // batch)
     done = 0
     for _ in range(epochs):
-        for ids in torch.randperm(len(train), generator=order).split(size.batch):
-            inputs = change(train.inputs[ids], train.targets[ids], done / steps)
+        for ids in torch.randperm(len(train), generator=order).split(batch):
+            clean = train.inputs[ids]
+            inputs = change(clean, train.targets[ids], done / steps)
+            recorder.batch(ids, inputs=None if inputs is clean else inputs)
             optimizer.zero_grad()
             F.cross_entropy(model(inputs), train.targets[ids]).backward()
-            note(ids)
             optimizer.step()
             done += 1
         print(f"trained {done} of {steps} steps", file=sys.stderr)
