@@ -59,6 +59,22 @@ def draw(chart: Chart) -> Drawing:
 
 
 def paint(chart: Chart) -> Figure:
-    """The matplotlib figure of a chart."""
+    """The matplotlib figure of a chart, as large as its text needs in the fonts at hand."""
     with matplotlib.rc_context(STYLE):
-        return PAINTERS[type(chart)](chart)
+        figure = PAINTERS[type(chart)](chart)
+        for _ in range(3):
+            if not _grown(figure):
+                break
+    return figure
+
+
+def _grown(figure: Figure) -> bool:
+    """Enlarge a figure whose text sticks out; a label is centred on its axes, so it gives way by half of the growth."""
+    figure.draw_without_rendering()
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    wider = max(-box.x0, 0.0) + max(box.x1 - width, 0.0)
+    taller = max(-box.y0, 0.0) + max(box.y1 - height, 0.0)
+    if max(wider, taller) <= 0.005:
+        return False
+    figure.set_size_inches(width + 2 * wider, height + 2 * taller)
+    return True
