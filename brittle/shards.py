@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import safetensors.torch
 from torch import Tensor
 
 from brittle.errors import DamagedFileError, DiskError
+from brittle.safe import Part, Rows, parts
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -25,16 +26,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
     Raises `DiskError` where the disk is full or cannot be written; then the old file is still whole.
     """
-    note, digest = _checksum(path), hashlib.sha256(content).hexdigest()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(path, content) as new, _temporary(note, f"{digest}  {path.name}\n".encode()) as new_note:
-            note.unlink(missing_ok=True)  # a crash between the renames leaves a file that does not count
-            os.replace(new, path)
-            os.replace(new_note, note)
-    except OSError as error:
-        reason = "no space is left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        raise DiskError(f"cannot write {path}: {reason}; free space or name another folder, then run again") from error
+    _write(path, [content])
 
 
 def read_bytes(path: Path) -> bytes:
@@ -60,9 +52,9 @@ def whole(path: Path) -> bool:
     return True
 
 
-def write_arrays(path: Path, arrays: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
-    """Write named tensors and text notes as one safetensors file."""
-    write_bytes(path, safetensors.torch.save(_apart(arrays), dict(notes or {})))
+def write_arrays(path: Path, arrays: Mapping[str, Rows], notes: Mapping[str, str] | None = None) -> None:
+    """Write named tensors, each whole or by its rows, and text notes as one safetensors file."""
+    _write(path, parts(arrays, notes or {}))
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:
@@ -77,31 +69,38 @@ def read_notes(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
+def _write(path: Path, content: Iterable[Part]) -> None:
+    """The parts of a file, and its checksum, atomically: see `write_bytes`."""
+    note = _checksum(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            _temporary(path, content) as (new, digest),
+            _temporary(note, [f"{digest}  {path.name}\n".encode()]) as (new_note, _),
+        ):
+            note.unlink(missing_ok=True)  # a crash between the renames leaves a file that does not count
+            os.replace(new, path)
+            os.replace(new_note, note)
+    except OSError as error:
+        reason = "no space is left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        raise DiskError(f"cannot write {path}: {reason}; free space or name another folder, then run again") from error
+
+
 def _checksum(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _apart(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The arrays on the CPU, contiguous; those that share memory with an earlier one are copied."""
-    plain: dict[str, Tensor] = {}
-    held: set[int] = set()
-    for name, array in arrays.items():
-        array = array.detach().cpu().contiguous()
-        memory = array.untyped_storage().data_ptr()
-        plain[name] = array.clone() if memory in held else array
-        held.add(memory)
-    return plain
-
-
 @contextmanager
-def _temporary(path: Path, content: bytes) -> Iterator[Path]:
-    """The content flushed to the disk beside `path`, under a name that goes away unless it is renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _temporary(path: Path, content: Iterable[Part]) -> Iterator[tuple[Path, str]]:
+    """The content flushed to the disk beside `path`, under a name that goes away unless it is renamed; its digest."""
+    temporary, digest = path.with_name(f".{path.name}.{os.getpid()}.tmp"), hashlib.sha256()
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            for part in content:
+                digest.update(part)
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        yield temporary
+        yield temporary, digest.hexdigest()
     finally:
         temporary.unlink(missing_ok=True)

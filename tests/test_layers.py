@@ -16,6 +16,7 @@ ROOMS = (
     "blame",
     "records",
     "findings",
+    "safe",
     "shards",
     "locks",
     "shares",

@@ -329,3 +329,42 @@ def test_the_end_says_which_states_there_must_be(whole: Path) -> None:
     path = PathReader(whole)
     assert end == {"steps": 9, "marks": list(range(10))}
     assert (path.steps, path.marks) == (9, end["marks"])
+
+
+# ---------------------------------------------------------------------------------------------------------- thinning
+
+
+def stored(root: Path) -> dict[str, list[int]]:
+    """The steps before which there are states, file by file."""
+    files = sorted((root / "states").glob("*.safetensors"))
+    return {file.stem: read_arrays(file)["at"].tolist() for file in files}
+
+
+def test_states_are_thinned_by_deleting_files_and_every_second_time_by_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = lambda s: Snapshot(s, torch.full((3,), float(s)), {}, torch.tensor([s]), torch.zeros(1))  # noqa: E731
+    for block in (range(8), range(8, 13)):
+        store.write_states(tmp_path, [at(s) for s in block], every=1)
+    whole = [[0, 2, 4, 6], [1, 3, 5, 7], [8, 10, 12], [9, 11]]
+    assert list(stored(tmp_path).values()) == whole
+    with monkeypatch.context() as disk:
+        for name in ("read_arrays", "write_arrays"):
+            disk.setattr(store, name, lambda *_: pytest.fail("a file was opened"))
+        store.thin_states(tmp_path, 2)
+    assert list(stored(tmp_path).values()) == whole[::2]
+    store.thin_states(tmp_path, 4)
+    assert list(stored(tmp_path).values()) == [[0], [4], [8], [12]]
+    store.thin_states(tmp_path, 8)
+    assert list(stored(tmp_path).values()) == [[0], [8]]
+    for file in (tmp_path / "states").glob("*.safetensors"):
+        assert [s.state.tolist() for s in unpacked_states(read_arrays(file))] == [[float(int(file.stem[:8]))] * 3]
+
+
+def test_a_state_between_the_regular_ones_goes_when_states_are_thinned(tmp_path: Path) -> None:
+    """As one that `flush` stored."""
+    at = lambda s: Snapshot(s, torch.zeros(2), {}, torch.tensor([0]), torch.zeros(1))  # noqa: E731
+    store.write_states(tmp_path, [at(s) for s in (0, 4, 8, 11)], every=4)
+    assert list(stored(tmp_path).values()) == [[0, 8], [4], [11]]
+    store.thin_states(tmp_path, 8)
+    assert list(stored(tmp_path).values()) == [[0, 8]]

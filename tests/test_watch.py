@@ -282,3 +282,34 @@ def test_a_step_without_any_gradient_is_none(tmp_path: Path) -> None:
     loop.spend()
     loop.steps(2)
     assert assert_recorded(loop).steps == 4
+
+
+# ------------------------------------------------------------------------------------------------- the user's own hooks
+
+
+def none(_: object) -> None:
+    """Torch's hooks return nothing."""
+
+
+HOOKS: dict[str, Callable[[nn.Parameter], object]] = {
+    "on the gradient": lambda p: p.register_hook(lambda g: g * 0.5),
+    "clipping the gradient": lambda p: p.register_hook(lambda g: g.clamp(-0.02, 0.02)),
+    "behind the sum": lambda p: p.register_post_accumulate_grad_hook(lambda p: none(p.grad.mul_(0.5))),
+    "clipping behind the sum": lambda p: p.register_post_accumulate_grad_hook(
+        lambda p: none(p.grad.clamp_(-0.02, 0.02))
+    ),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_what_a_users_hook_does_within_backward_is_followed(hook: str, tmp_path: Path) -> None:
+    """The recorder's own come first, so that it sees the gradient before and after."""
+    loop = ByHand(tmp_path)
+    loop.steps(2)
+    for p in loop.model.parameters():
+        HOOKS[hook](p)
+    for _ in range(4):
+        loop.optimizer.zero_grad()
+        loop.backward()
+        loop.spend()
+    assert_recorded(loop, atol=1e-8)

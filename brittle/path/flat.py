@@ -8,7 +8,7 @@ gradient in the package has this layout. The user's own model is never touched.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +45,36 @@ def layout(model: nn.Module) -> tuple[Slot, ...]:
 def state_of(model: nn.Module) -> Tensor:
     """The state vector of a model, a copy of shape (P,)."""
     return torch.cat([parameters_of(model), statistics_of(model)])
+
+
+class Spare:
+    """Memory of vectors on the CPU that are no longer needed, to be used again: the system gives new memory slowly."""
+
+    def __init__(self) -> None:
+        self._vectors: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+
+    def take(self, length: int, dtype: torch.dtype) -> Tensor:
+        """A vector of any content."""
+        kept = self._vectors.get((length, dtype))
+        return kept.pop() if kept else torch.empty(length, dtype=dtype)
+
+    def give(self, vectors: Iterable[Tensor]) -> None:
+        """Nobody holds these vectors any more. May be called from another thread."""
+        for vector in vectors:
+            self._vectors.setdefault((len(vector), vector.dtype), []).append(vector)
+
+
+@torch.no_grad()
+def on_cpu(tensors: Sequence[Tensor], spare: Spare | None = None) -> Tensor:
+    """Tensors one after the other as one vector on the CPU, a copy: one transfer from each device."""
+    flat = [t.detach().reshape(-1) for t in tensors if t.numel()]
+    away = [t for t in flat if t.device.type != "cpu"]
+    if away:
+        moved = iter(torch.cat(away).cpu().split([len(t) for t in away]))
+        flat = [next(moved) if t.device.type != "cpu" else t for t in flat]
+    if spare is None or len({t.dtype for t in flat}) > 1:
+        return torch.cat(flat)
+    return torch.cat(flat, out=spare.take(sum(map(len, flat)), flat[0].dtype))
 
 
 @torch.no_grad()

@@ -39,7 +39,8 @@ class ForwardWatch:
         self._entered = entered
         self.last: ForwardPass | None = None
         self.count = 0
-        self._model, self._device = model, next(model.parameters()).device
+        self._device = next(model.parameters()).device
+        self._modules = dict(model.named_modules())
         self._before: Tensor | None = None
         self._hooks = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -63,7 +64,7 @@ class ForwardWatch:
         self._before = random_state(self._device)
         given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() > 0]
         rows = len(given[0]) if given else None
-        self.last = ForwardPass(precision(self._device), resting(model), described(given), rows)
+        self.last = ForwardPass(precision(self._device), resting(self._modules), described(given), rows)
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.is_grad_enabled() and self.last is not None and self._before is not None:
@@ -72,9 +73,9 @@ class ForwardWatch:
                 self.last.random = self._before
 
 
-def resting(model: nn.Module) -> tuple[str, ...]:
-    """The modules in evaluation mode, by name; '' is the model itself."""
-    return tuple(name for name, module in model.named_modules() if not module.training)
+def resting(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Those of a model's modules that are in evaluation mode, by name; '' is the model itself."""
+    return tuple(name for name, module in modules.items() if not module.training)
 
 
 def precision(device: torch.device) -> int:

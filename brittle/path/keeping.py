@@ -14,6 +14,7 @@ from torch import Tensor
 
 from brittle.errors import DataError
 from brittle.path import store
+from brittle.path.flat import Spare
 from brittle.path.observed import Snapshot, Step
 from brittle.path.writer import Writer
 
@@ -24,7 +25,7 @@ BLOCKS_IN_BUDGET = 8
 
 
 class Keeper:
-    """Keeps steps and states of one training. `steps` so far, `every` k.
+    """Keeps steps and states of one training. `steps` so far, `every` k, `spare` memory of states that were written.
 
     Args:
         root: the path's folder.
@@ -34,7 +35,7 @@ class Keeper:
 
     def __init__(self, root: Path, budget: int, writes: bool) -> None:
         self.root, self.budget, self.every, self.steps = root, budget, 1, 0
-        self._writes, self._writer = writes, Writer()
+        self._writes, self._writer, self.spare = writes, Writer(), Spare()
         self._blocks: list[Step] = []
         self._states: list[Snapshot] = []
         self._sizes: dict[int, int] = {}  # bytes of the state before each step that has one
@@ -86,7 +87,7 @@ class Keeper:
         if not self._writes:  # the first process writes
             return
         if states:
-            self._writer.submit(store.write_states, self.root, states, self.every)
+            self._writer.submit(self._write_states, states, self.every)
         if steps:
             self._writer.submit(store.write_steps, self.root, self.steps - len(steps), steps)
         room = self.budget * (1 - 2 / BLOCKS_IN_BUDGET)
@@ -109,6 +110,12 @@ class Keeper:
             self._writer.submit(store.write_average, self.root, average)
         self._writer.submit(store.write_end, self.root, self.steps, sorted(self._sizes))
         self._writer.wait()
+
+    def _write_states(self, states: list[Snapshot], every: int) -> None:
+        """In the writer's thread."""
+        store.write_states(self.root, states, every)
+        for snapshot in states:
+            self.spare.give([snapshot.state, *snapshot.buffers.values()])
 
     def stop(self) -> None:
         """Write no more; what was being written is finished."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from brittle.path.observed import KEPT, Batch, Manner, Snapshot, Step
+from brittle.safe import Rows
 
 Arrays = dict[str, Tensor]
 
@@ -76,11 +77,11 @@ def unpacked_steps(arrays: Arrays, notes: Mapping[str, str]) -> list[Step]:
     return steps
 
 
-def packed_states(snapshots: Sequence[Snapshot]) -> Arrays:
-    """The arrays of some states."""
-    arrays = {
+def packed_states(snapshots: Sequence[Snapshot]) -> dict[str, Rows]:
+    """The arrays of some states; the states themselves row by row."""
+    arrays: dict[str, Rows] = {
         "at": torch.tensor([s.step for s in snapshots], dtype=torch.int64),
-        "state": torch.stack([s.state for s in snapshots]),
+        "state": [s.state for s in snapshots],
         "counts": torch.stack([s.counts for s in snapshots]),
         "extra": torch.stack([s.extra for s in snapshots]),
     }

@@ -35,13 +35,14 @@ def checked_call(
             f"batch() needs the positions of the batch's examples as whole numbers (B,), found {ids.dtype} of shape "
             f"{tuple(ids.shape)}; let the data set return the index of each example"
         )
-    ids = ids.long().clone()
+    ids = ids.to(torch.int64, copy=True)
+    rows = ids if ids.dim() == 1 else ids[:, 0]
+    listed = rows.tolist()
     if ids.numel() == 0 or int(ids.min()) < 0:
         raise DataError(
             f"batch() needs the positions of the batch's examples, counted from 0, found {ids.flatten().tolist()[:5]}"
         )
-    rows = ids if ids.dim() == 1 else ids[:, 0]
-    if not repeats and len(rows.unique()) < len(rows):
+    if not repeats and len(set(listed)) < len(listed):
         values, counts = rows.unique(return_counts=True)
         raise DataError(
             f"ids may not repeat within a batch, found {int(values[counts.argmax()])} {int(counts.max())} times in "

@@ -17,7 +17,6 @@ allows, then every second, fourth, ... step; what lies between is replayed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from brittle.errors import DataError, NotFiniteError, PathMismatchError
 from brittle.path import store
 from brittle.path.average import AverageWatch
-from brittle.path.flat import layout, parameters_of, state_of, statistics_of
+from brittle.path.flat import layout, on_cpu, state_of
 from brittle.path.forwards import ForwardWatch, resting
 from brittle.path.keeping import Keeper
 from brittle.path.observed import Manner, Snapshot, Step
@@ -92,7 +91,8 @@ class Recorder:
         self._counts_batches = counts_batches(self._model)
         self._calls: list[Call] = []
         self._open: Step | None = None
-        self._statistics = statistics_of(self._model).cpu()
+        self._modules = dict(self._model.named_modules())
+        self._statistics = self._statistics_now()
         self._keeper = Keeper(self.root, budget, writes=rank == 0)
         if rank == 0:
             self._begin(resume)
@@ -245,7 +245,7 @@ class Recorder:
             self._keeper.add_state(self._snapshot())
         counts, factors, bounds = spending.begin(changes)
         last = pairs[-1][1].forward
-        at_rest = last.resting if last else resting(self._model)
+        at_rest = last.resting if last else resting(self._modules)
         manner = Manner(spending.owner(), spending.settings(), at_rest)
         nothing = torch.zeros(len(self._slots), dtype=torch.float64)
         self._open = Step(batches, spending.lr(), manner, counts, factors, bounds, nothing, changes.length)
@@ -253,7 +253,7 @@ class Recorder:
     def _after_step(self, *_: Any) -> None:
         if self._open is None:
             return
-        statistics = statistics_of(self._model).cpu()
+        statistics = self._statistics_now()
         alone = self._forwards.count == len(self._open.batches) and not self._counts_batches
         kept = None if alone or not len(statistics) else statistics
         self._keeper.add_step(replace(self._open, extra=self._spending.end(), statistics=kept))
@@ -272,11 +272,17 @@ class Recorder:
         if share:
             self._keeper.note_average(share)
 
+    def _statistics_now(self) -> Tensor:
+        """The running statistics, a copy in the order of the state; modules may put new tensors in their place."""
+        named = [(s.name.rpartition("."), s) for s in self._slots if s.buffer]
+        found = [self._modules[owner].get_buffer(leaf) for (owner, _, leaf), _ in named]
+        return on_cpu(found) if found else next(iter(self._parameters.values())).detach().new_zeros(0).cpu()
+
     def _snapshot(self) -> Snapshot:
-        state = torch.cat([parameters_of(self._model).cpu(), self._statistics])
-        if not math.isfinite(float(state.sum(dtype=torch.float64))):
+        state = on_cpu([*self._parameters.values(), self._statistics], self._keeper.spare)
+        if not (state.sum().isfinite() or state.isfinite().all()):
             raise NotFiniteError(
                 f"weights must be finite, found NaN or infinity before step {self.steps}; the training diverged"
             )
         held = self._spending
-        return Snapshot(self.steps, state, held.buffers(), held.updates, held.extra())
+        return Snapshot(self.steps, state, held.buffers(self._keeper.spare), held.updates, held.extra())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from brittle.errors import UnsupportedError
-from brittle.path.flat import Slot
+from brittle.path.flat import Slot, Spare, on_cpu
 from brittle.path.optimizers import MULTIPLIED, kind_of
 from brittle.path.recipe import OBSERVED, named_momentum
 from brittle.path.watch import Changes
@@ -29,10 +29,15 @@ class Spending:
         self, optimizer: torch.optim.Optimizer, slots: Sequence[Slot], parameters: Mapping[str, nn.Parameter]
     ) -> None:
         self._optimizer, self._slots, self._parameters = optimizer, slots, parameters
+        self._members: list[list[int]] = []
+        self._owner: tuple[int, ...] = ()
+        self._trained: frozenset[str] = frozenset()
         self.kind, self.name = kind_of(optimizer), type(optimizer).__name__
+        self._held_last: list[float] = []
         self.updates = torch.tensor([self._updates(slot) for slot in slots])
         self.warnings = self._warnings()
         self._active, self._begun = torch.zeros(len(slots), dtype=torch.bool), self.extra()
+        self._alike: tuple[Any, ...] = ()
         self._before: dict[str, Tensor] = {}
         self._traces: dict[str, Tensor] = {}
         self._others = {
@@ -42,13 +47,22 @@ class Spending:
         }
 
     @property
-    def trained(self) -> set[str]:
+    def trained(self) -> frozenset[str]:
         """The names of the parameters in the optimizer's groups by now."""
-        return {slot.name for slot, owner in zip(self._slots, self.owner(), strict=True) if owner >= 0}
+        self.owner()
+        return self._trained
 
     def owner(self) -> tuple[int, ...]:
         """The parameter group of each tensor of the state, -1 where the optimizer has none; frozen ones rest in it."""
-        group_of = {id(p): k for k, g in enumerate(self._optimizer.param_groups) for p in g["params"]}
+        members = [[id(p) for p in g["params"]] for g in self._optimizer.param_groups]
+        if members != self._members:
+            self._owner = self._owner_among(members)
+            self._trained = frozenset(s.name for s, owner in zip(self._slots, self._owner, strict=True) if owner >= 0)
+            self._members = members
+        return self._owner
+
+    def _owner_among(self, members: Sequence[Sequence[int]]) -> tuple[int, ...]:
+        group_of = {p: k for k, group in enumerate(members) for p in group}
         if set(group_of) - {id(p) for p in self._parameters.values()}:
             raise UnsupportedError(
                 "the optimizer must move the model's own parameters only, it holds others besides; give them to an "
@@ -88,19 +102,22 @@ class Spending:
         """Before the step: its counts, factors and bounds by tensor, each (n,)."""
         factors, bounds = changes.factors, [changes.bounds.get(slot.name, math.inf) for slot in self._slots]
         moved = [slot.name in factors and owner >= 0 for slot, owner in zip(self._slots, self.owner(), strict=True)]
-        self._active = torch.tensor(moved)
         scale = getattr(self._optimizer, "grad_scale", None)
         unscaled = 1.0 if scale is None else 1 / float(scale)  # a fused optimizer divides inside its step
-        self._begun = self.extra()
+        if self.kind == "SGD":
+            self._begun = self.extra()
         if self.kind == OBSERVED:
             self._trace(factors)
         found = [factors.get(slot.name, 1.0) for slot in self._slots]
-        real = lambda values: torch.tensor(values, dtype=torch.float64) * unscaled  # noqa: E731
-        return torch.where(self._active, self.updates, -1), real(found), real(bounds)
+        if (moved, found, bounds, unscaled) != self._alike:  # tensors are made anew only where something changed
+            self._alike = (moved, found, bounds, unscaled)
+            self._active = torch.tensor(moved)
+            self._factors, self._bounds = (torch.tensor(v, dtype=torch.float64) * unscaled for v in (found, bounds))
+        return torch.where(self._active, self.updates, -1), self._factors, self._bounds
 
     def end(self) -> Tensor:
         """After the step: what its recipe needs besides, (n,); see `recipe.Recipe`."""
-        self.updates = self.updates + self._active.long()
+        self.updates = self.updates + self._active
         if self.kind == OBSERVED:
             return self._projections()
         return self._begun if self.kind == "SGD" else self.extra()
@@ -109,13 +126,17 @@ class Spending:
         """NAdam's running product, 1 where it has not begun; for SGD whether the buffer has begun. (n,)."""
         if self.kind == "SGD":
             held = [float(self._held(slot).get("momentum_buffer") is not None) for slot in self._slots]
-        else:
+        elif self.kind == "NAdam":
             held = [float(self._held(slot).get(MULTIPLIED, 1.0)) for slot in self._slots]
-        return torch.tensor(held, dtype=torch.float64)
+        else:
+            held = [1.0] * len(self._slots)
+        if held != self._held_last:
+            self._held_last, self._extra = held, torch.tensor(held, dtype=torch.float64)
+        return self._extra
 
-    def buffers(self) -> dict[str, Tensor]:
-        """What the optimizer holds over all parameters, 0 where it has not begun; each (parameters,)."""
-        states = {s.name: dict(self._held(s)) for s in self._slots if not s.buffer}
+    def buffers(self, spare: Spare) -> dict[str, Tensor]:
+        """What the optimizer holds over all parameters, 0 where it has not begun, in spare memory, (parameters,)."""
+        states = {s.name: self._held(s) for s in self._slots if not s.buffer}
         if self.kind == OBSERVED:
             states = {name: {"trace": self._traces[name]} if name in self._traces else {} for name in states}
         names = {
@@ -126,7 +147,7 @@ class Spending:
             and value.shape == self._parameters[name].shape
             and key not in ("step", MULTIPLIED)
         }
-        return {key: self._over_parameters(states, key) for key in names}
+        return {key: self._over_parameters(states, key, spare) for key in names}
 
     def restore(self, buffers: Mapping[str, Tensor]) -> None:
         """Take the traces of an observed optimizer up again from a stored state."""
@@ -135,9 +156,9 @@ class Spending:
                 if not slot.buffer:
                     self._traces[slot.name] = buffers["trace"][slot.start : slot.stop].view(slot.shape).clone()
 
-    def _over_parameters(self, states: Mapping[str, Mapping[str, Any]], key: str) -> Tensor:
+    def _over_parameters(self, states: Mapping[str, Mapping[str, Any]], key: str, spare: Spare) -> Tensor:
         held = [(states[name].get(key), p) for name, p in self._parameters.items()]
-        return torch.cat([(torch.zeros_like(p) if v is None else v).detach().reshape(-1) for v, p in held]).cpu()
+        return on_cpu([torch.zeros_like(p) if v is None else v for v, p in held], spare)
 
     def _held(self, slot: Slot) -> Mapping[str, Any]:
         return {} if slot.buffer else self._optimizer.state.get(self._parameters[slot.name], {})

@@ -2,12 +2,13 @@
 
     path.json                    the architecture and the optimizer
     steps/00000000.safetensors   a block of steps: examples, learning rates, settings, ...; written once
-    states/00000000-1.safetensors  the states (and what the optimizer holds) before some steps, every so many of them
+    states/00000000-2.safetensors  the states (and what the optimizer holds) before steps that are alike modulo 2
     average.safetensors          the averaged weights (EMA, SWA), where they are the audited model
     end.json                     the number of steps and the states that there must be; absent while training runs
 
-A crash loses the block that was being filled and nothing else: no file is ever written over. States are thinned to
-the budget by writing those that stay under a new name before the old file goes; where both are there, they hold the
+A crash loses the block that was being filled and nothing else: no file is ever written over. States that the next
+thinning keeps lie in other files than those that it takes away, so that it deletes files and writes nothing. The one
+after that has to write what stays under a new name before the old file goes; where both are there, they hold the
 same. Loading costs one block of memory at a time.
 """
 
@@ -54,14 +55,20 @@ def write_steps(root: Path, first: int, steps: Sequence[Step]) -> None:
 
 
 def write_states(root: Path, snapshots: Sequence[Snapshot], every: int) -> None:
-    """Write states, named by the first and by how densely they lie."""
-    name = f"{snapshots[0].step:08d}-{every}.safetensors"
-    write_arrays(root / "states" / name, packed_states(snapshots))
+    """Write states, of which the next thinning keeps those before steps that are multiples of 2 `every`."""
+    spread = 2 * every
+    for rest in sorted({s.step % spread for s in snapshots}):
+        alike = [s for s in snapshots if s.step % spread == rest]
+        write_arrays(root / "states" / f"{alike[0].step:08d}-{spread}.safetensors", packed_states(alike))
 
 
 def thin_states(root: Path, every: int) -> None:
     """Keep the states before steps that are multiples of `every`."""
     for file in files_of(root, "states"):
+        if _spread_of(file) % every == 0:
+            if first_of(file) % every:
+                delete(file)
+            continue
         found = unpacked_states(read_arrays(file))
         keep = [s for s in found if s.step % every == 0]
         if keep and len(keep) < len(found):
@@ -121,8 +128,8 @@ class PathReader:
         self.autocast, self.averaging = False, torch.zeros(self.steps, dtype=torch.float64)
         self._firsts = self._read_steps()
         self._homes = self._find_states()
-        self.marks = sorted(self._homes)
-        self._check_marks(end["marks"])
+        self.marks = sorted({0, *end["marks"], self.steps})
+        self._check_marks()
 
     @cached_property
     def average(self) -> Tensor | None:
@@ -191,8 +198,8 @@ class PathReader:
             self.dtype = found[0].state.dtype
         return homes
 
-    def _check_marks(self, expected: Sequence[int]) -> None:
-        lost = sorted({0, *expected, self.steps} - set(self.marks))
+    def _check_marks(self) -> None:
+        lost = sorted(set(self.marks) - set(self._homes))
         if lost:
             raise DamagedFileError(
                 f"{self.root}/states must hold the states that were recorded, the one before step {lost[0]} is "
@@ -224,6 +231,11 @@ def read_header(root: Path) -> dict[str, Any]:
 def first_of(file: Path) -> int:
     """The first step of a file."""
     return int(file.stem.partition("-")[0])
+
+
+def _spread_of(file: Path) -> int:
+    """A number modulo which the steps of a file's states are alike."""
+    return int(file.stem.partition("-")[2])
 
 
 def files_of(root: Path, folder: str) -> list[Path]:
