@@ -17,6 +17,7 @@ allows, then every second, fourth, ... step; what lies between is replayed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -92,6 +93,9 @@ class Recorder:
         self._calls: list[Call] = []
         self._open: Step | None = None
         self._modules = dict(self._model.named_modules())
+        named = [slot.name.rpartition(".") for slot in self._slots if slot.buffer]
+        self._buffers = [(self._modules[owner], leaf) for owner, _, leaf in named]
+        self._statistics = next(self._model.parameters()).detach().new_zeros(0).cpu()
         self._statistics = self._statistics_now()
         self._keeper = Keeper(self.root, budget, writes=rank == 0)
         if rank == 0:
@@ -274,13 +278,12 @@ class Recorder:
 
     def _statistics_now(self) -> Tensor:
         """The running statistics, a copy in the order of the state; modules may put new tensors in their place."""
-        named = [(s.name.rpartition("."), s) for s in self._slots if s.buffer]
-        found = [self._modules[owner].get_buffer(leaf) for (owner, _, leaf), _ in named]
-        return on_cpu(found) if found else next(iter(self._parameters.values())).detach().new_zeros(0).cpu()
+        found = [getattr(module, leaf) for module, leaf in self._buffers]
+        return on_cpu(found) if found else self._statistics
 
     def _snapshot(self) -> Snapshot:
         state = on_cpu([*self._parameters.values(), self._statistics], self._keeper.spare)
-        if not (state.sum().isfinite() or state.isfinite().all()):
+        if not (math.isfinite(state.sum().item()) or state.isfinite().all()):
             raise NotFiniteError(
                 f"weights must be finite, found NaN or infinity before step {self.steps}; the training diverged"
             )

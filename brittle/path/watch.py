@@ -32,10 +32,13 @@ OTHERWISE = (
 )
 
 
-Norms = tuple[Tensor, Tensor]
-"""Euclidean norm of a tensor, (), and its least and largest entry, (2,)."""
+Ends = tuple[Tensor, Tensor]
+"""The least and the largest entry of a tensor, two scalars."""
 
-NOTHING = (torch.zeros(()), torch.zeros(2))
+Norms = tuple[Tensor, Ends]
+"""Euclidean norm of a tensor, a scalar, and what its largest norm is found from."""
+
+NOTHING = (torch.zeros(()), (torch.zeros(()), torch.zeros(())))
 """The norms of a gradient that is not there."""
 
 
@@ -90,7 +93,7 @@ class GradientWatch:
         self._parameters, self._latest, self._trained = parameters, latest, trained
         self._raw: dict[str, tuple[int, Norms]] = {}  # the pass that came last, and norms of the sum
         self._kept: dict[str, bool] = {}
-        self._own: dict[str, Tensor] = {}  # ends of single gradients, until they are added up
+        self._own: dict[str, Ends] = {}  # ends of single gradients, until they are added up
         self._processes = world()[1] > 1
         self._hooks: dict[str, list[RemovableHandle]] = {}
         self.follow()
@@ -142,8 +145,9 @@ class GradientWatch:
         if was == now and all(map(math.isfinite, now)):
             taken = [float(size > 0) for size in now]
             return Changes(dict(zip(gradients, taken, strict=True)), {})  # untouched: the same bits by the same sum
-        ends = _numbers([*(ends for _, ends in before), *_ends(gradients.values())])  # shape: (2 n, 2)
-        raw, given = torch.stack([sizes, ends.abs().amax(1).reshape(2, -1)], dim=2)  # shapes: (n, 2)
+        ends = [*(ends for _, ends in before), *_ends(gradients.values())]
+        peaks = _numbers([end for pair in ends for end in pair]).reshape(2, -1, 2).abs().amax(2)
+        raw, given = torch.stack([sizes, peaks], dim=2)  # shapes: (n, 2)
         if not (raw.isfinite().all() and given.isfinite().all()):
             raise NotFiniteError("gradients must be finite, found NaN or infinity; the training diverged")
         return explained(gradients, raw, given)
@@ -196,8 +200,8 @@ class GradientWatch:
 
     def _alone(self, parameter: Tensor) -> bool:
         """Whether nobody else's hook can change the parameter's gradient before the pass is over."""
-        hooks = (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)
-        return not self._processes and all(len(held or ()) == 1 for held in hooks)
+        on_gradient, on_sum = parameter._backward_hooks or (), parameter._post_accumulate_grad_hooks or ()
+        return not self._processes and len(on_gradient) == len(on_sum) == 1
 
     def _measure(self, one: BackwardPass, place: int) -> None:
         """The pass is over: measure what it left behind."""
@@ -252,9 +256,9 @@ def _sizes(gradients: Iterable[Tensor]) -> list[Tensor]:
     return list(torch._foreach_norm(plain)) if (plain := _plain(gradients)) else []
 
 
-def _ends(gradients: Iterable[Tensor]) -> list[Tensor]:
-    """The least and the largest entry of each, (2,): in one pass, many times as fast as the largest norm on a CPU."""
-    return [torch.stack(torch.aminmax(g)) for g in _plain(gradients)]
+def _ends(gradients: Iterable[Tensor]) -> list[Ends]:
+    """The least and the largest entry of each: in one pass, many times as fast as the largest norm on a CPU."""
+    return [torch.aminmax(g) for g in _plain(gradients)]
 
 
 def _plain(gradients: Iterable[Tensor]) -> list[Tensor]:
@@ -264,7 +268,7 @@ def _plain(gradients: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _numbers(values: list[Tensor]) -> Tensor:
-    """Small tensors from any devices, (n, ...) in double precision."""
+    """Scalars from any devices, (n,) in double precision."""
     device = values[0].device
     if any(value.device != device for value in values):
         values = [value.to(device) for value in values]
