@@ -30,6 +30,9 @@ PRESETS = ("quick", "standard", "thorough")
 NORMS = ("l0", "l1", "l2", "linf")
 """Those of `brittle.records`."""
 
+PRECISIONS = ("float32", "tf32", "bfloat16")
+"""Those of `brittle.kernel.precision`."""
+
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 """Of the doctor's verdicts, on a terminal."""
 
@@ -98,6 +101,13 @@ def audits(command: Command) -> Command:
             "--tolerance",
             type=click.FloatRange(0, 1, min_open=True, max_open=True),
             help="Relative error of a shift that the map may have.  [default: the preset's]",
+        ),
+        click.option(
+            "--precision",
+            type=click.Choice(PRECISIONS),
+            default=PRECISIONS[0],
+            show_default=True,
+            help="Of the ledger's products; sums are float32.",
         ),
         click.option("--deterministic", is_flag=True, help="The same bits every time; one thread a process."),
         looks,

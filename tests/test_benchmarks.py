@@ -67,3 +67,11 @@ def test_what_was_not_run_is_null_and_says_so() -> None:
     assert found["resnet_residual"] is None
     assert found["recording_overhead"] is None
     assert status == 0
+
+
+def test_precision_without_data_says_so_in_one_line() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "BRITTLE_DATA"}
+    command = [sys.executable, "-m", "benchmarks.precision"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, len(done.stderr.strip().splitlines())) == (2, "", 1)
+    assert "BRITTLE_DATA" in done.stderr

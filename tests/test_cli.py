@@ -101,6 +101,8 @@ def test_audit_passes_everything_on(spec: str, pipeline: SimpleNamespace, tmp_pa
         "--memory-budget",
         "1.5g",
         "--deterministic",
+        "--precision",
+        "bfloat16",
         "--tolerance",
         "0.1",
         "-p",
@@ -119,6 +121,7 @@ def test_audit_passes_everything_on(spec: str, pipeline: SimpleNamespace, tmp_pa
         "progress": False,
         "memory_budget": 1_610_612_736,
         "deterministic": True,
+        "precision": "bfloat16",
         "tolerance": 0.1,
     }
     assert quiet

@@ -10,6 +10,7 @@ from brittle.attacks.perturbations import Severities
 from brittle.findings import Agreement, HealthCheck, MemoryFidelity
 from brittle.flips import Flips
 from brittle.holes import Region
+from brittle.kernel.precision import Precision
 from brittle.natural_holes import NaturalMap
 from brittle.outcomes import Observed
 from brittle.path.replay import Path
@@ -25,6 +26,7 @@ class Evidence:
 
     subject: Subject
     spec: str | None
+    precision: Precision  # of the account's products
     path: Path | None
     split: Split
     families: tuple[Family, ...]

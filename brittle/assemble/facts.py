@@ -115,6 +115,11 @@ def warnings(e: Evidence) -> list[str]:
     for check in e.health:
         if check.verdict == "fail":
             found.append(f"Attacks in {check.norm} cannot be believed: {check.sentence}.")
+    if e.precision != "float32":
+        found.append(
+            f"The ledger's products were made in {e.precision} (sums in float32): single contributions are rounded, "
+            "shifts and masses are not."
+        )
     found += e.path.warnings if e.path else []
     if e.path is None:
         found.append("No path was recorded: mass and shift are those of one more training step at the final weights.")

@@ -33,6 +33,7 @@ from brittle.kernel.calls import record
 from brittle.kernel.gradients import Scalar, Span, check_first_axis
 from brittle.kernel.layers import outer_of, units, weight_gradients
 from brittle.kernel.outer import Outer
+from brittle.kernel.precision import lowered
 from brittle.path.flat import FlatModel
 
 Route = Literal["gram", "rows", "left", "right"]
@@ -92,9 +93,10 @@ def products(flat: FlatModel, left: Factors, right: Factors) -> Tensor:
     The factors may come from different states and modes. Memory: of one tensor, the rows of one side.
     """
     out = flat.state.new_zeros(left.rows, right.rows)
-    for span in sorted(left.parts.keys() & right.parts.keys()):
-        if span[0] < flat.parameters:
-            out += inner(left.parts[span], right.parts[span])
+    with lowered():
+        for span in sorted(left.parts.keys() & right.parts.keys()):
+            if span[0] < flat.parameters:
+                out += inner(left.parts[span], right.parts[span])
     return out
 
 

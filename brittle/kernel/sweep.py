@@ -37,6 +37,7 @@ from torch import Tensor
 from brittle.kernel.credit import Credit, plain
 from brittle.kernel.factors import formed
 from brittle.kernel.mixed import Layout, Mixed, rows_of
+from brittle.kernel.precision import lowered
 from brittle.kernel.quadrature import Line, check_outputs, line_gradient, output_factors, outputs_at
 from brittle.kernel.steps import check_step, couples, step_factors, step_pieces
 from brittle.path.checkpoints import Checkpoints
@@ -308,15 +309,18 @@ class _Account:
             for (start, stop), part in step_factors(self.subject, self.flat, step, batch).parts.items():
                 if low := credit.low.get((start, stop)):
                     factors = rows_of(part)
-                    pulled += low.products(factors).double()
+                    with lowered():
+                        pulled += low.products(factors).double()
                     total[start:stop] = factors.sum()
                 else:
                     rows = formed(part)
-                    pulled += (credit.dense[:, credit.layout.place(slice(start, stop))] @ rows.T).double()
+                    with lowered():
+                        pulled += (credit.dense[:, credit.layout.place(slice(start, stop))] @ rows.T).double()
                     total[start:stop] = rows.sum(0)
         else:
             for columns, rows, weight in step_pieces(self.subject, self.flat, step, batch):
-                pulled += (scaled(weight, credit.dense[:, columns]) @ rows.T).double()
+                with lowered():
+                    pulled += (scaled(weight, credit.dense[:, columns]) @ rows.T).double()
                 total[columns] = scaled(weight, rows.sum(0))
                 del rows
         share = step.share(batch, step.length(total))

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from brittle.assemble import Evidence, hole_findings, write_run
 from brittle.findings import Findings
+from brittle.kernel.precision import Precision
 from brittle.kernel.units import BUDGET
 from brittle.pipeline.accounting import whole_account
 from brittle.pipeline.attacking import Attacked, Wish
@@ -57,6 +58,7 @@ def audit(
     memory_budget: int = BUDGET,
     deterministic: bool = False,
     tolerance: float | None = None,
+    precision: Precision = "float32",
 ) -> Findings:
     """Audit a classifier and write the run folder `out`; the same call resumes an interrupted one.
 
@@ -70,6 +72,7 @@ def audit(
         memory_budget: bytes for the queries that are accounted for at once.
         deterministic: the same bits every time, in one thread.
         tolerance: relative error that a shift in the map may have; the preset's by default.
+        precision: float32, tf32 or bfloat16, of the ledger's products (`brittle.kernel.precision`).
 
     Returns:
         The findings, as in findings.json.
@@ -77,7 +80,19 @@ def audit(
     Raises:
         BrittleError: one of its kinds, with the rule, the value found and the remedy.
     """
-    asked = Asked(queries, seed, device, preset, spec, options or {}, progress, memory_budget, deterministic, tolerance)
+    asked = Asked(
+        queries,
+        seed,
+        device,
+        preset,
+        spec,
+        options or {},
+        progress,
+        memory_budget,
+        deterministic,
+        tolerance,
+        precision,
+    )
     with begin(subject, out, asked) as c:
         return _run(c, spec)
 
@@ -97,12 +112,25 @@ def make_map(
     memory_budget: int = BUDGET,
     deterministic: bool = False,
     tolerance: float | None = None,
+    precision: Precision = "float32",
 ) -> Charted:
     """Make the map alone: memory, shift, holes, and the account of the predicting queries; `audit` goes on from there.
 
     Arguments and errors are those of `audit`. share: of the work, where several processes make the map together.
     """
-    asked = Asked(queries, seed, device, preset, spec, options or {}, progress, memory_budget, deterministic, tolerance)
+    asked = Asked(
+        queries,
+        seed,
+        device,
+        preset,
+        spec,
+        options or {},
+        progress,
+        memory_budget,
+        deterministic,
+        tolerance,
+        precision,
+    )
     with begin(subject, out, asked, share) as c:
         return chart(c)
 
@@ -125,6 +153,7 @@ def attack(
     memory_budget: int = BUDGET,
     deterministic: bool = False,
     tolerance: float | None = None,
+    precision: Precision = "float32",
 ) -> Attacked:
     """Attack the sealed queries alone; without norms, epsilon, attacks and cap as `audit` does, which goes on from it.
 
@@ -136,7 +165,19 @@ def attack(
 
     The other arguments and errors are those of `audit`.
     """
-    asked = Asked(queries, seed, device, preset, spec, options or {}, progress, memory_budget, deterministic, tolerance)
+    asked = Asked(
+        queries,
+        seed,
+        device,
+        preset,
+        spec,
+        options or {},
+        progress,
+        memory_budget,
+        deterministic,
+        tolerance,
+        precision,
+    )
     wish = Wish(tuple(norms) if norms else None, epsilon, tuple(attacks) if attacks else None, cap)
     with begin(subject, out, asked) as c:
         return run_attacks(c, wish)
@@ -160,6 +201,7 @@ def _run(c: Context, spec: str | None) -> Findings:
     evidence = Evidence(
         subject=c.subject,
         spec=spec,
+        precision=c.precision,
         path=c.path,
         split=c.split,
         families=c.families,

@@ -18,6 +18,7 @@ from brittle.errors import UsageError
 from brittle.holes import Region
 from brittle.kernel.halved import Halved
 from brittle.kernel.memory import Memory
+from brittle.kernel.precision import Precision, asked_for, check_precision
 from brittle.kernel.units import Part
 from brittle.mass import groups_of
 from brittle.natural_holes import NaturalHole, NaturalMap
@@ -90,6 +91,7 @@ class Context:
     draws: Mapping[str, Tensor]  # of `split.both`, by family
     groups: Groups
     device: str
+    precision: Precision
     preset: str
     effort: Effort
     budget: int  # bytes for a block of queries
@@ -117,6 +119,7 @@ class Asked:
     memory_budget: int
     deterministic: bool
     tolerance: float | None = None
+    precision: Precision = "float32"
 
     @property
     def effort(self) -> Effort:
@@ -134,6 +137,7 @@ class Asked:
             "device": self.device,
             "effort": {"preset": self.preset, **asdict(self.effort)},
             "deterministic": self.deterministic,
+            "precision": self.precision,
             "path": str(subject.path) if subject.path else None,
             "fingerprints": fingerprints(subject),
         }
@@ -146,8 +150,13 @@ def begin(subject: Subject, out: FilePath | str, asked: Asked, share: Share | No
         raise UsageError(f"preset must be one of {', '.join(PRESETS)}, found {asked.preset!r}")
     if not (asked.tolerance is None or 0 < asked.tolerance < 1):
         raise UsageError(f"tolerance must be between 0 and 1, found {asked.tolerance}; pass .1 for a tenth of a shift")
+    check_precision(asked.precision, subject.model, asked.device)
     settings = asked.settings(subject)
-    with open_run(out, settings, shared=share is not None) as run, deterministic(asked.deterministic):
+    with (
+        open_run(out, settings, shared=share is not None) as run,
+        deterministic(asked.deterministic),
+        asked_for(asked.precision),
+    ):
         share = share or Share()
         stages = Stages(run, RECORDS, asked.seed, asked.progress and share.leads)
         yield prepare(subject, stages, asked, share)
@@ -161,5 +170,5 @@ def prepare(subject: Subject, stages: Stages, asked: Asked, share: Share) -> Con
     families = families_for(subject, stages.generator("families"))
     draws = draw_probes(split.both, families, stages.generator("draws"))
     groups = groups_of(subject, asked.effort.clusters)
-    shared = (asked.device, asked.preset, asked.effort, asked.memory_budget, share)
+    shared = (asked.device, asked.precision, asked.preset, asked.effort, asked.memory_budget, share)
     return Context(subject, stages, path, split, seal, families, draws, groups, *shared)
