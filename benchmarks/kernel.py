@@ -17,6 +17,10 @@ the rounds: the peer's seconds over ours, but ours over plain's. `max_relative_d
 captum's matrix over its largest entry, `.._dattri` the same of dattri's. A peer that is not installed has null. Peers
 get their inputs normalized; ours normalizes by itself.
 
+Captum's own default is a batch of one, and its documentation asks for batches as large as memory allows:
+`captum_by_batch_size` has the seconds of its batch mode, once at each size, those two among them, and
+`captum_batch_in_plain_passes` its fastest over plain passes. `vs_captum_batch` is of the fastest.
+
 Fashion-MNIST lies in torchvision's layout under BRITTLE_DATA; the peers come with `pip install -e ".[bench]"`.
 """
 
@@ -214,7 +218,17 @@ def run(problem: Problem, size: Size) -> dict[str, Any]:
             kernels[name], took = timed(sides[name], problem.one_in(part), batches[name])
             seconds[name].append(part * took)
             print(f"round {k + 1}: {name} {part * took:.2f} s", file=sys.stderr, flush=True)
-    return summary(seconds, kernels, batches, size)
+    found = summary(seconds, kernels, batches, size)
+    return found | {"captum_by_batch_size": by_batch_size(problem) if "captum_batch" in sides else None}
+
+
+def by_batch_size(problem: Problem) -> dict[str, float]:
+    """Seconds of captum's batch mode: by default a batch has one example, and may have all."""
+    found = {}
+    for batch in (1, *BATCHES, len(problem.train)):
+        found[str(batch)] = timed(captum_batch, problem, batch)[1]
+        print(f"captum in batches of {batch}: {found[str(batch)]:.2f} s", file=sys.stderr, flush=True)
+    return found
 
 
 def fastest(sides: dict[str, Side], problem: Problem) -> dict[str, int]:
@@ -245,6 +259,7 @@ def summary(
         "vs_captum_default_extrapolated_from": f"1/{PART} of the examples",
         "vs_dattri": over("dattri"),
         "vs_plain_pass": took["ours"] / took["plain"],
+        "captum_batch_in_plain_passes": took["captum_batch"] / took["plain"] if "captum_batch" in took else None,
         "max_relative_difference": difference(kernels, "captum_batch"),
         "max_relative_difference_dattri": difference(kernels, "dattri"),
         "max_relative_difference_is": "largest distance of an entry / largest entry of the peer's matrix",

@@ -48,6 +48,9 @@ def test_all_sides_find_the_same_kernel(tmp_path: Path) -> None:
         assert (found[key] is not None) == (find_spec(key.split("_")[1]) is not None)
     for key in ("max_relative_difference", "max_relative_difference_dattri"):
         assert found[key] is None or 0 < found[key] <= 1e-5
+    if found["captum_by_batch_size"] is not None:
+        assert list(found["captum_by_batch_size"]) == ["1", "64", "128", "256", "512", "300"]
+        assert all(seconds > 0 for seconds in found["captum_by_batch_size"].values())
     assert done.returncode == (1 if found["missed"] else 0)
 
 
