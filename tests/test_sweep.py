@@ -406,3 +406,12 @@ def test_what_is_left_out_keeps_to_the_tolerance(tolerance: float) -> None:
     assert short.rank < terms.rank
     assert (off <= tolerance * whole).all()
     assert (off > 1e-3 * tolerance * whole).any()
+
+
+def test_a_low_rank_multiplies_rows_that_have_positions() -> None:
+    """A layer may be applied at more places in an earlier step than in the last, by which the layout was chosen."""
+    draw = torch.Generator().manual_seed(0)
+    terms, rows = (
+        LowRank(torch.randn(m, k, 6, generator=draw), torch.randn(m, k, 9, generator=draw)) for m, k in ((5, 8), (4, 3))
+    )
+    assert torch.allclose(terms.products(rows), terms.matrices() @ rows.matrices().T)

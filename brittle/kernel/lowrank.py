@@ -57,10 +57,10 @@ class LowRank:
         return ((self.a @ vector.view(self.g.shape[2], -1).T) * self.g).sum((1, 2))
 
     def products(self, rows: LowRank) -> Tensor:
-        """Inner products with B matrices of rank 1, (M, B)."""
-        left = self.g.flatten(0, 1) @ rows.g[:, 0].T
-        left *= self.a.flatten(0, 1) @ rows.a[:, 0].T
-        return left.view(len(self.g), self.rank, -1).sum(1)
+        """Inner products with B matrices, (M, B)."""
+        both = self.g.flatten(0, 1) @ rows.g.flatten(0, 1).T  # shape: (M K, B K')
+        both *= self.a.flatten(0, 1) @ rows.a.flatten(0, 1).T
+        return both.view(len(self.g), self.rank, len(rows.g), rows.rank).sum((1, 3))
 
     def shortened(self, tolerance: float) -> LowRank:
         """The same in as few terms as leave out at most `tolerance` of each matrix's Frobenius norm."""
