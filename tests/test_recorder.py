@@ -6,6 +6,7 @@ import contextlib
 import copy
 import errno
 import json
+import math
 import os
 import threading
 import time
@@ -21,7 +22,7 @@ from by_hand import ByHand, account, assert_adds_up, assert_recorded, assert_rep
 from cases import float64 as float64
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, Adadelta, Adam, AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
 from brittle.errors import DataError, DiskError, NotFiniteError, UnsupportedError
@@ -112,6 +113,41 @@ def test_blocks_are_written_after_some_time_whatever_their_size(
     loop.steps(5)
     assert_recorded(loop)
     assert len(list((tmp_path / "steps").glob("*.safetensors"))) == 5
+
+
+@pytest.mark.parametrize(("writing", "fewer"), [(1e-9, True), (math.inf, False)])
+def test_states_are_kept_less_often_where_writing_takes_too_long(
+    writing: float, fewer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping, "BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(keeping, "LOOK_SECONDS", 0.0)
+    loop = ByHand(tmp_path, writing=writing)
+    loop.steps(30)
+    assert (loop.recorder.every > 1) == fewer
+    path, subject = loop.close(), loop.subject()
+    assert (len(path.marks) < 31) == fewer
+    check_path(path, subject)
+    assert_replays(path, subject, loop.states)
+
+
+def test_an_unknown_rule_keeps_every_state_however_long_writing_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping, "BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(keeping, "LOOK_SECONDS", 0.0)
+    loop = ByHand(tmp_path, lambda p: Adadelta(p, lr=0.1), writing=1e-9)
+    loop.steps(10)
+    assert loop.close().marks == list(range(11))
+
+
+def test_k_doubles_as_often_as_the_excess_asks(tmp_path: Path) -> None:
+    keeper = keeping.Keeper(tmp_path, budget=1 << 30, writes=True, writing=0.1)
+    keeper.steps = 1_000
+    for busy, every in ((0.5, 1), (5.0, 8), (5.0, 8)):  # of ten seconds: a twentieth, nearly half, nothing more
+        keeper._looked, keeper._writer.busy = (time.monotonic() - 10, keeper._looked[1]), busy
+        keeper._keep_pace()
+        assert keeper.every == every
+    keeper.stop()
 
 
 # --------------------------------------------------------------------------------------------------- what is noted

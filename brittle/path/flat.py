@@ -47,6 +47,21 @@ def state_of(model: nn.Module) -> Tensor:
     return torch.cat([parameters_of(model), statistics_of(model)])
 
 
+LARGEST_BLOCK = (32 << 20) - (64 << 10)
+"""Bytes of the largest tensor from which the C library learns what is worth keeping, less what it needs itself."""
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep memory that tensors give back, for the next step to use.
+
+    glibc returns what is free at the end of its heap where that is more than twice the largest block that was freed so
+    far. A small network's tensors then ask for the same pages anew in every step: half of its time, with a recorder
+    beside it or without, as chance has it. One block of nearly 32 MiB, given back at once, sets the limit to the
+    highest that it can learn (mallopt(3), M_MMAP_THRESHOLD). Other libraries are not impressed.
+    """
+    torch.empty(LARGEST_BLOCK, dtype=torch.uint8)
+
+
 class Spare:
     """Memory of vectors on the CPU that are no longer needed, to be used again: the system gives new memory slowly."""
 

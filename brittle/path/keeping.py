@@ -1,10 +1,13 @@
 """What is kept of a training while it runs: steps and states in memory until a block is full, then on disk.
 
 States are kept before every k-th step. When those on disk outgrow the budget, k doubles and every second one goes.
+Where writing takes more than its part of the training's time, k doubles too, and what is there stays: steps between
+states are replayed, to the last bit, so fewer states cost an audit time and nothing else.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -24,6 +27,10 @@ BLOCKS_IN_BUDGET = 8
 """A block takes at most this part of the budget: it holds while one is written, and while another is thinned."""
 
 
+LOOK_SECONDS = 2.0
+"""Of training between two looks at what writing takes."""
+
+
 class Keeper:
     """Keeps steps and states of one training. `steps` so far, `every` k, `spare` memory of states that were written.
 
@@ -31,11 +38,13 @@ class Keeper:
         root: the path's folder.
         budget: bytes of disk that the states may take.
         writes: False in the processes that leave the writing to the first one.
+        writing: part of the training's time that writing may take; `math.inf` for as much as it takes.
     """
 
-    def __init__(self, root: Path, budget: int, writes: bool) -> None:
+    def __init__(self, root: Path, budget: int, writes: bool, writing: float = math.inf) -> None:
         self.root, self.budget, self.every, self.steps = root, budget, 1, 0
         self._writes, self._writer, self.spare = writes, Writer(), Spare()
+        self._writing, self._looked = writing, (time.monotonic(), 0.0)  # when, and how long the writer had written
         self._blocks: list[Step] = []
         self._states: list[Snapshot] = []
         self._sizes: dict[int, int] = {}  # bytes of the state before each step that has one
@@ -90,6 +99,7 @@ class Keeper:
             self._writer.submit(self._write_states, states, self.every)
         if steps:
             self._writer.submit(store.write_steps, self.root, self.steps - len(steps), steps)
+        self._keep_pace()
         room = self.budget * (1 - 2 / BLOCKS_IN_BUDGET)
         while sum(self._sizes.values()) > room and self.every <= self.steps:
             self.every *= 2
@@ -110,6 +120,16 @@ class Keeper:
             self._writer.submit(store.write_average, self.root, average)
         self._writer.submit(store.write_end, self.root, self.steps, sorted(self._sizes))
         self._writer.wait()
+
+    def _keep_pace(self) -> None:
+        """Double k until writing takes no more than its part of the time that has passed since the last look."""
+        (since, before), now, busy = self._looked, time.monotonic(), self._writer.busy
+        if now - since < LOOK_SECONDS:
+            return
+        self._looked = now, busy
+        excess = (busy - before) / (now - since) / self._writing
+        while excess > 1 and self.every <= self.steps:
+            self.every, excess = 2 * self.every, excess / 2
 
     def _write_states(self, states: list[Snapshot], every: int) -> None:
         """In the writer's thread."""

@@ -12,7 +12,7 @@ The recorder hooks the optimizer: before each step it stores the weights and wha
 notes the examples, learning rates, settings, and what happened to the gradients between backward and step. The
 running statistics that belong to a step's weights are those that the step before it left behind: the step's own
 forward pass has moved them on by the time the optimizer is called. States are kept every step while the disk budget
-allows, then every second, fourth, ... step; what lies between is replayed.
+allows and writing keeps up, then every second, fourth, ... step; what lies between is replayed.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from torch import Tensor, nn
 from brittle.errors import DataError, NotFiniteError, PathMismatchError
 from brittle.path import store
 from brittle.path.average import AverageWatch
-from brittle.path.flat import layout, on_cpu, state_of
+from brittle.path.flat import keep_freed_memory, layout, on_cpu, state_of
 from brittle.path.forwards import ForwardWatch, resting
 from brittle.path.keeping import Keeper
 from brittle.path.observed import Manner, Snapshot, Step
 from brittle.path.passes import Call, batch_of, checked_call, matched
 from brittle.path.processes import check_all_record, gathered, world
+from brittle.path.recipe import OBSERVED
 from brittle.path.spending import Spending
 from brittle.path.taking_up import cut, state_at
 from brittle.path.training import bare, check_training, counts_batches
@@ -54,6 +55,9 @@ class Recorder:
         out: an empty or absent folder.
         budget: bytes of disk that the states may take.
         average: a model into which the loop averages the weights (EMA, SWA); then it is the audited one.
+        writing: part of the training's time that writing may take before states are kept less often (`math.inf`:
+            never for that reason). It runs beside the training. An optimizer of an unknown rule is not replayed
+            from its gradients, so its states are only thinned for the budget.
         repeats: whether an example may be in a batch twice (a sampler that draws with replacement).
         resume: take the path in `out` up again after so many steps, the model and the optimizer being as they
             were then; what was recorded behind that is dropped.
@@ -73,6 +77,7 @@ class Recorder:
         budget: int = 2 << 30,
         *,
         average: nn.Module | None = None,
+        writing: float = 0.05,
         repeats: bool = False,
         resume: int | None = None,
     ) -> None:
@@ -97,7 +102,9 @@ class Recorder:
         self._buffers = [(self._modules[owner], leaf) for owner, _, leaf in named]
         self._statistics = next(self._model.parameters()).detach().new_zeros(0).cpu()
         self._statistics = self._statistics_now()
-        self._keeper = Keeper(self.root, budget, writes=rank == 0)
+        keep_freed_memory()
+        known = self._spending.kind != OBSERVED
+        self._keeper = Keeper(self.root, budget, writes=rank == 0, writing=writing if known else math.inf)
         if rank == 0:
             self._begin(resume)
         self._watch = GradientWatch(self._parameters, lambda: self._forwards.last, lambda: self._spending.trained)

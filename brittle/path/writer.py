@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -11,15 +12,17 @@ AHEAD = 4
 
 
 class Writer:
-    """Runs writes one after the other. What one of them raises is raised by the next `submit` or `wait`.
+    """Runs writes one after the other; `busy` is for how many seconds so far.
 
-    A write that fails is the last: what waits behind it is given up, since files build on each other.
+    What one of them raises is raised by the next `submit` or `wait`. A write that fails is the last: what waits behind
+    it is given up, since files build on each other.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="brittle-recorder")
         self._waiting: list[Future[Any]] = []
         self._failed: BaseException | None = None
+        self.busy = 0.0
 
     def submit(self, write: Callable[..., Any], *arguments: Any) -> None:
         """Do `write(*arguments)` soon; waits where too many are still to be done."""
@@ -38,10 +41,12 @@ class Writer:
         """In the thread: one write, unless an earlier one failed."""
         if self._failed is not None:
             return
+        began = time.monotonic()
         try:
             write(*arguments)
         except BaseException as error:
             self._failed = error
+        self.busy += time.monotonic() - began
 
     def _forget_done(self, keep: int) -> None:
         while self._waiting and (self._waiting[0].done() or len(self._waiting) > keep):
