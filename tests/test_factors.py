@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from brittle.errors import UnsupportedError
 from brittle.kernel import factors
-from brittle.kernel.factors import Factors, against, cheapest, factors_of, formed, inner, products, ready
+from brittle.kernel.factors import Factors, against, cheapest, factors_of, inner, products, ready
 from brittle.kernel.gradients import row_gradients
-from brittle.kernel.outer import Outer
+from brittle.kernel.outer import Outer, formed
 from brittle.path.flat import FlatModel
 
 LEFT, RIGHT = 3, 5

@@ -20,7 +20,8 @@ from torch.nn.utils import parametrizations
 from brittle.errors import UnsupportedError
 from brittle.kernel import gradients
 from brittle.kernel.calls import Call
-from brittle.kernel.layers import units, weight_gradients
+from brittle.kernel.layers import units, weight_parts
+from brittle.kernel.outer import Part
 from brittle.path.flat import FlatModel
 
 ROWS = 5
@@ -269,20 +270,21 @@ def test_the_sum_of_pieces_is_the_gradient_of_the_batch() -> None:
 def test_no_more_than_one_module_is_in_memory_while_pieces_are_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = made(lambda: nn.Sequential(*[nn.Linear(4, 4) for _ in range(5)]), (4,))
     copy = FlatModel(model)
-    formed: list[weakref.ref[Tensor]] = []
+    formed: list[weakref.ref[Part]] = []
     kept: list[weakref.ref[Tensor]] = []
     alive = []
 
-    def watched(call: Call) -> dict[str, Tensor]:
+    def watched(call: Call) -> dict[str, Part]:
         alive.append([ref() is not None for ref in formed])
         assert not any(ref() is not None for ref in kept)
         kept.extend(weakref.ref(t) for t in (call.args[0], *call.upstream.values()))
-        found = weight_gradients(call)
+        found = weight_parts(call)
+        assert isinstance(found["bias"], Tensor)
         found["bias"] = found["bias"].clone()  # it is the upstream gradient
         formed.extend(weakref.ref(t) for t in found.values())
         return found
 
-    monkeypatch.setattr(gradients, "weight_gradients", watched)
+    monkeypatch.setattr(gradients, "weight_parts", watched)
     for _, piece in gradients.row_pieces(copy, lambda: scalar_of(copy.model(x)).sum(), ROWS):
         del piece
     assert alive == [[False] * (2 * k) for k in range(5)]

@@ -29,18 +29,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from brittle.kernel.calls import record
-from brittle.kernel.gradients import Scalar, Span, check_first_axis
-from brittle.kernel.layers import outer_of, units, weight_gradients
-from brittle.kernel.outer import Outer
+from brittle.kernel.gradients import Scalar, Span, row_parts
+from brittle.kernel.outer import Outer, Part
 from brittle.kernel.precision import lowered
 from brittle.path.flat import FlatModel
 
 Route = Literal["gram", "rows", "left", "right"]
 """What is formed: nothing, all rows, those of one side."""
-
-Part = Outer | Tensor
-"""The rows of one tensor of the state: in factors, or formed, (B, p)."""
 
 PER_NUMBER = 16
 """Multiplications that a processor does in the time in which a number is written and read again."""
@@ -67,24 +62,7 @@ def factors_of(flat: FlatModel, scalar: Scalar, rows: int) -> Factors:
     gradients of weights. Memory: what goes into linear layers and convolutions and the gradients at what comes out;
     the rows of all other tensors.
     """
-    calls = record(units(flat.model), scalar, flat.state.device)
-    check_first_axis(calls, rows)
-    parts: dict[Span, Part] = {}
-    for call in calls:
-        call.upstream = {k: g.to(flat.state.dtype) for k, g in call.upstream.items()}
-        found: dict[str, Part] = {}
-        if outer := outer_of(call):
-            found["weight"] = outer
-            if call.module.bias is not None:
-                found["bias"] = outer.bias_rows()
-        else:
-            found |= {leaf: gradients.flatten(1) for leaf, gradients in weight_gradients(call).items()}
-        for leaf, part in found.items():
-            columns = flat.columns[call.column(leaf)]
-            span = columns.start, columns.stop
-            if columns.start < columns.stop:
-                parts[span] = formed(parts[span]) + formed(part) if span in parts else part
-    return Factors(rows, parts)
+    return Factors(rows, {(at.start, at.stop): part for at, part in row_parts(flat, scalar, rows)})
 
 
 def products(flat: FlatModel, left: Factors, right: Factors) -> Tensor:
@@ -118,11 +96,6 @@ def ready(factors: Factors, rows: int, blocks: int) -> Factors:
         return part.rows() if route in ("rows", "left") else part
 
     return replace(factors, parts={span: made(part) for span, part in factors.parts.items()})
-
-
-def formed(part: Part) -> Tensor:
-    """The rows themselves, (B, p)."""
-    return part if isinstance(part, Tensor) else part.rows()
 
 
 def inner(left: Part, right: Part, route: Route | None = None) -> Tensor:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from brittle.errors import UnsupportedError
 from brittle.kernel.calls import Call, record
-from brittle.kernel.layers import own_tensors, units, weight_gradients
+from brittle.kernel.layers import own_tensors, units, weight_parts
+from brittle.kernel.outer import Part, formed
 from brittle.path.flat import FlatModel
 
 Scalar = Callable[[], Tensor]
@@ -59,11 +60,18 @@ def row_pieces(flat: FlatModel, scalar: Scalar, rows: int) -> Iterator[Piece]:
     Memory: inputs and output gradients of the modules that are still to come, and the rows of one module; drop a
     piece before the next is asked for.
     """
+    for columns, part in row_parts(flat, scalar, rows):
+        yield columns, formed(part)
+        del part
+
+
+def row_parts(flat: FlatModel, scalar: Scalar, rows: int) -> Iterator[tuple[slice, Part]]:
+    """The same, a weight that one linear layer or convolution used once in factors, not formed."""
     calls = _by_module(record(units(flat.model), scalar, flat.state.device))
     check_first_axis(calls, rows)
     spans = {call.name: spans_of(flat, call) for call in calls}
     to_come = Counter(span for call in calls for span in spans[call.name])
-    sums: dict[Span, Tensor] = {}
+    sums: dict[Span, Part] = {}
     while calls:
         done = spans[calls[-1].name]
         _add(sums, flat, calls.pop())
@@ -96,13 +104,17 @@ def sum_of(flat: FlatModel, pieces: Iterable[Piece]) -> Tensor:
 
 
 def beyond_rounding(rows: Tensor) -> Tensor:
-    """The columns (p,) of row gradients (B, p) whose sum is more than rounding: elsewhere nothing is to be shared out.
+    """Where row gradients (B, p) add up to more than rounding, or are 0, (p,): elsewhere nothing is to be shared out.
 
     So it is with a bias before batch normalization, which takes the mean away. Left alone, the rows' large and
     opposite shares would be blown up by Adam, whose preconditioner is as small as their sum.
     """
-    rounding = ROUNDING * torch.finfo(rows.dtype).eps * torch.linalg.vector_norm(rows, 1, dim=0)
-    return rows.sum(0).abs() > rounding
+    return ~is_rounding(rows.sum(0), torch.linalg.vector_norm(rows, 1, dim=0))
+
+
+def is_rounding(total: Tensor, size: Tensor) -> Tensor:
+    """Whether a sum is rounding, other than that of zeros. total: sum of rows, (p,). size: of their amounts, (p,)."""
+    return (total.abs() <= ROUNDING * torch.finfo(total.dtype).eps * size) & (size > 0)
 
 
 def check_rows(flat: FlatModel, values: Scalar) -> None:
@@ -149,21 +161,21 @@ def spans_of(flat: FlatModel, call: Call) -> set[Span]:
     return {(c.start, c.stop) for c in columns}
 
 
-def _add(sums: dict[Span, Tensor], flat: FlatModel, call: Call) -> None:
+def _add(sums: dict[Span, Part], flat: FlatModel, call: Call) -> None:
     """Add the gradients of one call to those of the same tensors, in the state's dtype."""
     call.upstream = {k: g.to(flat.state.dtype) for k, g in call.upstream.items()}
-    for leaf, gradient in weight_gradients(call).items():
+    for leaf, part in weight_parts(call).items():
         columns = flat.columns[call.column(leaf)]
-        if columns.start == columns.stop:
-            continue
-        span, gradient = (columns.start, columns.stop), gradient.reshape(-1, columns.stop - columns.start)
-        sums[span] = sums[span] + gradient if span in sums else gradient
+        span = columns.start, columns.stop
+        if columns.start < columns.stop:
+            sums[span] = formed(sums[span]) + formed(part) if span in sums else part
 
 
 def _compare(flat: FlatModel, found: Tensor, expected: Tensor, tolerance: float) -> None:
     total = expected[:, : flat.parameters].norm()
     for slot in flat.slots:
-        off, size = ((t[:, slot.start : slot.stop]).norm() for t in (found - expected, expected))
+        own, plain = (rows[:, slot.start : slot.stop] for rows in (found, expected))
+        off, size = (own - plain).norm(), plain.norm()
         if not slot.buffer and not off <= tolerance * size + tolerance**2 * total:
             raise UnsupportedError(
                 f"gradients must split by examples, those of {slot.name} do not add up to plain autograd's; use the "

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from brittle.kernel.calls import Call
 from brittle.kernel.modules import is_whole, run_again
-from brittle.kernel.outer import Outer, Window
+from brittle.kernel.outer import Outer, Part, Window
 
 
 def units(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -33,14 +33,19 @@ def own_tensors(call: Call) -> list[str]:
     return [call.column(leaf) for leaf in leaves]
 
 
-def weight_gradients(call: Call) -> dict[str, Tensor]:
-    """Gradients by name of the module's own tensors, each (B, *shape), running statistics in evaluation mode included.
+def weight_parts(call: Call) -> dict[str, Part]:
+    """Gradients by name of the module's own tensors, running statistics in evaluation mode included.
 
-    They have the dtype of `call.upstream`. Raises `UnsupportedError` for a module that cannot be run again.
+    Those of a linear layer's or a convolution's weight come in factors, all others formed, (B, p); in the dtype of
+    `call.upstream`. Raises `UnsupportedError` for a module that cannot be run again.
     """
     g = next(iter(call.upstream.values()))
     with torch.autocast(g.device.type, enabled=False):
-        return _rule_for(call)(call)
+        if outer := outer_of(call):
+            bias = {} if call.module.bias is None else {"bias": outer.bias_rows()}
+            return {"weight": outer, **bias}
+        found = _rule_for(call)(call)
+        return {leaf: t.flatten(1) if t.dim() > 1 else t[:, None] for leaf, t in found.items()}
 
 
 def outer_of(call: Call) -> Outer | None:
@@ -68,8 +73,6 @@ def _owns(module: nn.Module) -> bool:
 def _rule_for(call: Call) -> Callable[[Call], dict[str, Tensor]]:
     if not _is_plain(call):
         return run_again
-    if _is_outer(call.module):
-        return _outer
     return _normalization if isinstance(call.module, _BatchNorm) or _frozen(call) else run_again
 
 
@@ -87,16 +90,6 @@ def _is_outer(module: nn.Module) -> bool:
 def _frozen(call: Call) -> bool:
     """Whether a call normalized by running statistics."""
     return isinstance(call.module, _NormBase) and not call.training and call.module.running_mean is not None
-
-
-def _outer(call: Call) -> dict[str, Tensor]:
-    """W: sum over positions of g a^T; bias: sum of g."""
-    found = outer_of(call)
-    assert found is not None
-    out = {"weight": found.rows().view(-1, *call.module.get_parameter("weight").shape)}
-    if call.module.bias is not None:
-        out["bias"] = found.bias_rows()
-    return out
 
 
 def _normalization(call: Call) -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from brittle.kernel.factors import Factors, Part
+from brittle.kernel.factors import Factors
 from brittle.kernel.gradients import Span
 from brittle.kernel.lowrank import LowRank, added
-from brittle.kernel.outer import Outer
+from brittle.kernel.outer import Outer, Part
 
 LEAST = 4096
 """Entries that a weight has at least, if it is to be of low rank."""

@@ -11,6 +11,7 @@ what the weight was multiplied with: the input of a linear layer, a window of a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +104,50 @@ class Outer:
         made = g * a.transpose(1, 2) if t == 1 else torch.bmm(g, a.transpose(1, 2))
         return made.view(-1, k * p * d)
 
+    def sum(self, axis: Literal[0] = 0) -> Tensor:
+        """The sum of all rows, (k p d,): the batch's gradient."""
+        k, p, _, _ = self.sizes
+        if self.window is None:
+            return torch.einsum("bkpt,bkdt->kpd", self.g, self.inputs).flatten()
+        window, size = self.window, (k * p, self.inputs.shape[1] // k, *self.window.kernel)
+        g = self.g.reshape(len(self), k * p, *window.places(self.inputs))
+        found = conv2d_weight(self.inputs, size, g, window.stride, window.padding, window.dilation, groups=k)
+        return found.flatten()
+
+    def bound(self) -> Tensor:
+        """sum_i |g_i| |a_i|, which no sum of |G_i| exceeds (Cauchy and Schwarz, over the positions), (k p d,)."""
+        k, _, d, _ = self.sizes
+        if self.window is None:
+            a = self.inputs.norm(dim=3)
+        else:
+            a = self.window.views(self.inputs.square()).sum((4, 5)).sqrt().view(-1, k, d)
+        return torch.einsum("bkp,bkd->kpd", self.g.norm(dim=3), a).flatten()
+
+    def entries(self, at: Tensor) -> Tensor:
+        """Some columns of the rows, (n,) -> (B, n)."""
+        k, p, d, _ = self.sizes
+        group, out, j = at // (p * d), at // d % p, at % d
+        if self.window is None:
+            a = self.inputs[:, group, j]
+        else:
+            vertical, horizontal = self.window.kernel
+            channel = group * (self.inputs.shape[1] // k) + j // (vertical * horizontal)
+            views = self.window.views(self.inputs)
+            a = views[:, channel, j // horizontal % vertical, j % horizontal].flatten(2)
+        return (self.g[:, group, out] * a).sum(2)
+
+    def carried(self, vectors: Tensor) -> Tensor:
+        """sum_t g_it . (A_m a_it): what the layer returns with A_m for weights, along g. (M, k p d) -> (M, B)."""
+        k, p, d, t = self.sizes
+        if self.window is None:
+            moved = torch.einsum("mkpd,bkdt->bkmpt", vectors.view(-1, k, p, d), self.inputs)
+        else:
+            window, m = self.window, len(vectors)
+            weights = vectors.view(m, k, -1).transpose(0, 1)
+            weights = weights.reshape(k * m * p, self.inputs.shape[1] // k, *window.kernel)
+            moved = F.conv2d(self.inputs, weights, None, window.stride, window.padding, window.dilation, k)
+        return torch.einsum("bkmx,bkx->mb", moved.reshape(len(self), k, -1, p * t), self.g.flatten(2))
+
     def bias_rows(self) -> Tensor:
         """Gradients of the bias, (B, k p): sum_t g_it."""
         return (self.g[..., 0] if self.g.shape[3] == 1 else self.g.sum(3)).flatten(1)
@@ -126,3 +171,15 @@ class Outer:
             groups=b * k,
         )
         return found.view(b, -1)
+
+
+Part = Outer | Tensor
+"""The rows of one tensor of the state: in factors, or formed, (B, p)."""
+
+
+def formed(part: Part) -> Tensor:
+    """The rows themselves, (B, p), in their own precision whatever runs around."""
+    if isinstance(part, Tensor):
+        return part
+    with torch.autocast(part.g.device.type, enabled=False):
+        return part.rows()

@@ -31,6 +31,7 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, torch.einsum}
+_PRODUCTS |= {torch.conv2d}  # credit that is carried forward through a layer
 
 _asked: ContextVar[str] = ContextVar("precision", default="float32")
 

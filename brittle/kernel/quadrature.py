@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brittle.kernel.factors import Factors, factors_of, formed
+from brittle.kernel.factors import Factors, factors_of
 from brittle.kernel.gradients import Scalar, Span, check_rows, row_gradients, row_pieces
 from brittle.kernel.lowrank import LowRank, added, stacked
 from brittle.kernel.mixed import Layout, Mixed, rows_of
+from brittle.kernel.outer import formed
 from brittle.path.flat import FlatModel
 from brittle.records import Pairs
 from brittle.subject import Subject

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from brittle.kernel.factors import Factors, factors_of
-from brittle.kernel.gradients import Piece, Scalar, beyond_rounding, check_sum, row_pieces
+from brittle.kernel.gradients import Piece, Scalar, beyond_rounding, check_sum, row_parts, row_pieces
+from brittle.kernel.outer import Part
+from brittle.kernel.pull import cancelling
 from brittle.path.flat import FlatModel
 from brittle.path.observed import Batch
 from brittle.path.rerun import batch_gradient, training_loss
@@ -43,11 +45,11 @@ def check_step(subject: Subject, flat: FlatModel, step: WalkedStep) -> Tensor:
     hidden, coupled = torch.zeros_like(flat.state, dtype=torch.bool), couples(flat)
     for batch in step.batches:
         found = torch.zeros_like(flat.state)
-        for columns, rows in _pieces(subject, flat, step, batch):
-            found[columns] = rows.sum(0)
+        for columns, part in step_parts(subject, flat, step, batch):
+            found[columns] = total = part.sum(0)
             if coupled:
-                hidden[columns] |= ~beyond_rounding(rows) & (rows != 0).any(0)
-            del rows
+                hidden[columns.start + cancelling(part, total)] = True
+            del part
         flat.load(step.state)
         whole = batch_gradient(subject, flat, batch, step.seen.manner.resting)
         check_sum(flat, found, whole, AGREEMENT[batch.autocast])
@@ -55,6 +57,11 @@ def check_step(subject: Subject, flat: FlatModel, step: WalkedStep) -> Tensor:
         own = hidden[slot.start : slot.stop]
         own.fill_(bool(2 * own.sum() > len(own)))
     return hidden.nonzero()[:, 0]
+
+
+def step_parts(subject: Subject, flat: FlatModel, step: WalkedStep, batch: Batch) -> Iterator[tuple[slice, Part]]:
+    """The row gradients of one batch of a step tensor by tensor, in factors as far as possible."""
+    return row_parts(flat, _loss(subject, flat, step, batch), len(batch))
 
 
 def step_factors(subject: Subject, flat: FlatModel, step: WalkedStep, batch: Batch) -> Factors:

@@ -35,17 +35,17 @@ import torch
 from torch import Tensor
 
 from brittle.kernel.credit import Credit, plain
-from brittle.kernel.factors import formed
 from brittle.kernel.mixed import Layout, Mixed, rows_of
 from brittle.kernel.precision import lowered
+from brittle.kernel.pull import pulled
 from brittle.kernel.quadrature import Line, check_outputs, line_gradient, output_factors, outputs_at
-from brittle.kernel.steps import check_step, couples, step_factors, step_pieces
+from brittle.kernel.steps import check_step, couples, step_factors, step_parts
 from brittle.path.checkpoints import Checkpoints
 from brittle.path.flat import FlatModel
 from brittle.path.observed import Batch
 from brittle.path.recipe import named_momentum
 from brittle.path.replay import Path, walk
-from brittle.path.rules import absent, scaled
+from brittle.path.rules import absent
 from brittle.path.store import PathReader
 from brittle.path.walked import Interval, WalkedStep
 from brittle.records import Ledger, Pairs, Progress
@@ -284,11 +284,11 @@ class _Account:
     def _spend(self, step: WalkedStep, credit: Mixed, jacobian: Mixed) -> None:
         weights = step.state.to(self.flat.state)
         decay = torch.zeros_like(self.decay)
-        for pulled, by in ((credit, step.rule.l2), (jacobian, step.rule.decoupled)):
+        for held, by in ((credit, step.rule.l2), (jacobian, step.rule.decoupled)):
             if not absent(by):
                 decayed = by * weights
-                decay -= pulled.dot(decayed).double()
-                self.hidden_explained -= self._hidden(pulled, decayed)
+                decay -= held.dot(decayed).double()
+                self.hidden_explained -= self._hidden(held, decayed)
         if isinstance(step.rule.clip, Tensor):
             credit = replace(credit, dense=step.rule.clip * credit.dense)
         elif step.rule.clip != 1:
@@ -303,29 +303,21 @@ class _Account:
 
     def _rows(self, step: WalkedStep, batch: Batch, credit: Mixed) -> Tensor:
         """What each row of a batch contributed, (M, B)."""
-        pulled = torch.zeros(len(self.inputs), len(batch), dtype=torch.float64, device=self.flat.state.device)
-        total = torch.zeros_like(self.flat.state)
-        if credit.low:
-            for (start, stop), part in step_factors(self.subject, self.flat, step, batch).parts.items():
-                if low := credit.low.get((start, stop)):
-                    factors = rows_of(part)
-                    with lowered():
-                        pulled += low.products(factors).double()
-                    total[start:stop] = factors.sum()
-                else:
-                    rows = formed(part)
-                    with lowered():
-                        pulled += (credit.dense[:, credit.layout.place(slice(start, stop))] @ rows.T).double()
-                    total[start:stop] = rows.sum(0)
-        else:
-            for columns, rows, weight in step_pieces(self.subject, self.flat, step, batch):
+        moved = torch.zeros(len(self.inputs), len(batch), dtype=torch.float64, device=self.flat.state.device)
+        total, coupled = torch.zeros_like(self.flat.state), couples(self.flat)
+        for columns, part in step_parts(self.subject, self.flat, step, batch):
+            if low := credit.low.get((columns.start, columns.stop)):
+                factors = rows_of(part)
                 with lowered():
-                    pulled += (scaled(weight, credit.dense[:, columns]) @ rows.T).double()
-                total[columns] = scaled(weight, rows.sum(0))
-                del rows
+                    found = low.products(factors)
+                total[columns] = factors.sum()
+            else:
+                found, total[columns] = pulled(credit.dense[:, credit.layout.place(columns)], part, coupled)
+            moved += found.double()
+            del part
         share = step.share(batch, step.length(total))
         self.hidden_explained -= share * self._hidden(credit, total)
-        return -share * pulled
+        return -share * moved
 
     def _hidden(self, pulled: Mixed, vector: Tensor) -> Tensor:
         """Products with a vector (P,) over the hidden coordinates, which are columns of a plain matrix: (M,)."""
