@@ -25,9 +25,6 @@ from brittle.subject import Subject
 
 RADIUS, STEP = 0.3, 0.1
 
-DISK = 512 << 20
-"""Bytes that the states of a path may take."""
-
 
 @dataclass(frozen=True)
 class Size:
@@ -100,7 +97,7 @@ def _trained(name: str, train: Examples, size: Size, folder: Path, seed: int) ->
     else:
         optimizer, epochs = torch.optim.Adam(model.parameters(), lr=1e-3), size.robust
         change = lambda x, y, done: _pgd(model, x, y, RADIUS * min(1.0, 2 * done), size.steps)  # noqa: E731
-    with brittle.Recorder(model, optimizer, folder / "path", DISK) as recorder:
+    with brittle.Recorder(model, optimizer, folder / "path") as recorder:
         _fit(model, optimizer, recorder, train, size.batch, epochs, seed, change)
     torch.save(model.state_dict(), weights)
     return model.eval()
