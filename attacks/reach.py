@@ -74,7 +74,7 @@ def reach(
     asked = through or (problem.logits,)
     inputs, labels, norm = problem.inputs, problem.labels, problem.norm
     points = inputs if start is None else start
-    r = torch.full_like(inputs[..., 0].flatten(1)[:, 0], torch.inf) if radius is None else radius
+    r = inputs.new_full((len(inputs),), torch.inf) if radius is None else radius
     farthest = room(inputs, problem.bounds, norm)
     with torch.no_grad():
         scale = margin(problem.logits(inputs), labels).abs().clamp_min(1e-6)

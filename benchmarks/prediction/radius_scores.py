@@ -5,10 +5,11 @@ as many as ours takes, and the same with *all* passes of ours counted, those thr
 distance that labels chose (the calibration images' median, which a median first-order distance can miss widely); the
 predicted and the rival class, all logits, and probabilities averaged over the late path with their lead.
 
-Ours is a search in two stages (`brittle.attacks.reach`): `PATH_PASSES` through states of the last quarter of the path
-in turn, and from where that ends `FINAL_PASSES` through the final weights. Its scores are where the margin would
-vanish: at the end, at least and on average over the last passes; the same through the path's states; and how far these
-disagree. The search without the path stands beside it, with as many passes through the final weights.
+Ours are two short searches (`brittle.attacks.reach`) that share `FINAL_PASSES` through the final weights: one from the
+image, and one from where `PATH_PASSES` through states of the last quarter of the path, taken in turn, have led. Of each
+the scores are where the margin would vanish: at the end, at least, and on average over the last passes; the nearer of
+both ends stands for itself as well. The path's passes tell the same of themselves, and how far its states disagree. The
+search without the path stands beside it, with all of the passes through the final weights.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ FINAL_PASSES, PATH_PASSES = 10, 48
 STATES, LATE = 8, 0.75
 """States of the path that are searched through, from this share of the training on."""
 
-SEARCHED = "search alone"
-"""What the search through the final weights says that had no path."""
+FIRST_STEPS, PATH_STEPS = (1.0, 0.3), (2.0, 0.2)
+LAST, LAST_GROWTH = (0.5, 0.1), (0.1, 0.01)
+"""First and last length of a step, in units of the radius, and share by which it may change."""
 
 
 @dataclass(frozen=True)
@@ -95,21 +97,25 @@ def theirs(
 
 
 def alone(subject: Subject, queries: Queries, norm: Norm, typical: float) -> Side:
-    """The search through the final weights by itself, from the image."""
-    problem = problem_of(subject, queries, norm)
-    start = torch.full((len(queries),), typical)
-    found = reach(problem, FINAL_PASSES, radius=start, length=(1.0, 0.2), growth=(0.15, 0.02))
-    return Side.of({f"{SEARCHED}: {name}": value for name, value in _told(found).items()})
+    """The search from the image with all passes through the final weights, and no path."""
+    found = reach(problem_of(subject, queries, norm), FINAL_PASSES, radius=_level(queries, typical), length=FIRST_STEPS)
+    return Side.of({f"search alone: {name}": value for name, value in _told(found).items()})
 
 
 def ours(subject: Subject, path: Path, queries: Queries, norm: Norm, typical: float) -> Side:
-    """The search through the path's states, and the one that goes on from there through the final weights."""
-    problem, start = problem_of(subject, queries, norm), torch.full((len(queries),), typical)
-    first = reach(problem, PATH_PASSES, through=late_states(subject, path), radius=start, length=(2.0, 0.2))
-    last = reach(problem, FINAL_PASSES, start=first.points, radius=first.radius, length=(0.5, 0.1), growth=(0.1, 0.01))
-    through = {f"path: {name}": value for name, value in _told(first).items()}
-    spread = first.roots[-STATES:].std(0) / first.radius
-    return Side.of({**_told(last), **through, "path: spread": spread})
+    """Half of the passes from the image, half from where the path's states have led."""
+    problem, level = problem_of(subject, queries, norm), _level(queries, typical)
+    here = reach(problem, FINAL_PASSES // 2, radius=level, length=FIRST_STEPS)
+    led = reach(problem, PATH_PASSES, through=late_states(subject, path), radius=level, length=PATH_STEPS)
+    there = reach(
+        problem, FINAL_PASSES - FINAL_PASSES // 2, start=led.points, radius=led.radius, length=LAST, growth=LAST_GROWTH
+    )
+    parts = {"from the image": here, "from the path": there, "along the path": led}
+    told = {f"{part}: {name}": value for part, found in parts.items() for name, value in _told(found).items()}
+    spread = led.roots[-STATES:].std(0) / led.radius
+    return Side.of(
+        {"nearer of both": -torch.minimum(here.radius, there.radius), **told, "along the path: spread": spread}
+    )
 
 
 def late_states(subject: Subject, path: Path) -> list[Logits]:
@@ -121,6 +127,11 @@ def late_states(subject: Subject, path: Path) -> list[Logits]:
         flat.load(path.snapshot(mark).state)
         models.append(partial(subject.class_logits, flat.eval()))
     return models
+
+
+def _level(queries: Queries, typical: float) -> Tensor:
+    """The radius that each search begins with, (M,)."""
+    return torch.full((len(queries),), typical)
 
 
 def _told(found: Reach) -> dict[str, Tensor]:
