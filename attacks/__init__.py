@@ -1,7 +1,8 @@
 """Attacks: the nearest input that the model gets wrong, found in several ways and verified.
 
 `suite.run` runs them all, `envelope.envelope` is the nearest of all; `seek_holes` is ours and follows the mass map.
-Each attack is a function of a `Problem` and returns `AttackRows`; `HoleSeekingAttack` is ours for foolbox's models.
+Each attack is a function of a `Problem` and returns `AttackRows`; `reach` predicts how far the nearest input is without
+finding it; `HoleSeekingAttack` is ours for foolbox's models.
 """
 
 from typing import Any
@@ -16,6 +17,7 @@ from brittle.attacks.hole_seeking import seek_holes, seek_holes_within
 from brittle.attacks.isolation import attacked
 from brittle.attacks.neighbours import Neighbours, from_neighbours
 from brittle.attacks.problem import Problem
+from brittle.attacks.reach import reach
 from brittle.attacks.route import Guide, Route
 from brittle.attacks.square import square
 
@@ -34,6 +36,7 @@ __all__ = [
     "fmn",
     "from_neighbours",
     "pgd",
+    "reach",
     "seek_holes",
     "seek_holes_within",
     "square",

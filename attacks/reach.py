@@ -93,7 +93,8 @@ def reach(
         r = r.clamp_min(0).minimum(farthest)
         moved = points + spread(half_cosine(share, *length) * r, points) * steepest(slope, norm, generator)
         points = _onto(problem, moved, r)
-    return Reach(*(torch.stack(column) for column in zip(*met, strict=True)), r, points)
+    far, lead, slopes = (torch.stack(column) for column in zip(*met, strict=True))
+    return Reach(far, lead, slopes, r, points)
 
 
 def _onto(problem: Problem, points: Tensor, radius: Tensor) -> Tensor:

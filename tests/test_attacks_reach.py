@@ -10,7 +10,7 @@ from attack_cases import Counter, generator, linear_distance, linear_problem
 from torch import Tensor, nn
 
 from brittle.attacks.geometry import size
-from brittle.attacks.problem import Problem
+from brittle.attacks.problem import Logits, Problem
 from brittle.attacks.reach import reach
 from brittle.records import Norm
 
@@ -67,7 +67,7 @@ def test_the_curve_of_a_network_is_followed_beyond_its_first_kinks() -> None:
     assert off(short) < off(once) / 2
 
 
-def _without_gradient(problem: Problem):  # type: ignore[no-untyped-def]
+def _without_gradient(problem: Problem) -> Logits:
     def logits(inputs: Tensor) -> Tensor:
         assert not inputs.requires_grad
         return problem.logits(inputs)

@@ -23,8 +23,8 @@ from brittle.attacks.plan import SUITE, members
 from brittle.records import Norm, Pairs, Queries
 from brittle.subject import Subject
 
-PARTS = {"calibration": slice(0, 2500), "sealed": slice(2500, 5000), "development": slice(5000, 10_000)}
-"""Of the dealt test images."""
+PARTS = {"calibration": (0.0, 0.25), "sealed": (0.25, 0.5), "development": (0.5, 1.0)}
+"""Shares of the dealt test images."""
 
 BLOCK = 200
 """Images attacked between two writes of the cache."""
@@ -61,7 +61,8 @@ def measured(subject: Subject, part: str, norm: Norm, count: int, preset: str, c
 def right(subject: Subject, part: str, count: int) -> Queries:
     """The first images of a part that the network gets right."""
     dealt = torch.randperm(len(subject.test), generator=torch.Generator().manual_seed(6))
-    ids = dealt[PARTS[part]]
+    low, high = (round(share * len(dealt)) for share in PARTS[part])
+    ids = dealt[low:high]
     inputs, targets = subject.test.inputs[ids], subject.test.targets[ids]
     logits = subject.predict(inputs)
     rows = (logits.argmax(1) == targets).nonzero()[:count, 0]

@@ -56,9 +56,13 @@ class Amount:
 FULL, QUICK = Amount(FULL_NETWORKS, 500, 1000, "standard"), Amount(QUICK_NETWORKS, 60, 60, "quick")
 
 
-def radius(cache: Path = CACHE, quick: bool = False) -> dict[str, Any]:
-    """Everything that `radius_*` names, and the table under `radius`."""
-    amount = QUICK if quick else FULL
+def run(cache: Path = CACHE, quick: bool = False) -> dict[str, Any]:
+    """Everything that `radius_*` names, and the table under `radius`. cache: of networks and distances."""
+    return measure(QUICK if quick else FULL, cache)
+
+
+def measure(amount: Amount, cache: Path) -> dict[str, Any]:
+    """Train, attack, predict, and hold one against the other."""
     made = subjects(amount.networks, cache)
     rows = {}
     for key, (name, norm) in NETWORKS.items():
@@ -69,11 +73,16 @@ def radius(cache: Path = CACHE, quick: bool = False) -> dict[str, Any]:
         _show(key, norm, rows[key])
     return {
         **{f"radius_{key}": row["ours"]["value"] for key, row in rows.items()},
-        "radius_wins": sum(all(row["gain"][model]["low"] > 0 for model in MODELS) for row in rows.values()),
-        "radius_path_wins": sum(all(row["path_gain"][model]["low"] > 0 for model in MODELS) for row in rows.values()),
+        "radius_wins": sum(_adds(row["gain"]) for row in rows.values()),
+        "radius_path_wins": sum(_adds(row["path_gain"]) for row in rows.values()),
         "radius_passes": {"final": FINAL_PASSES, "path": PATH_PASSES},
         "radius": rows,
     }
+
+
+def _adds(gain: dict[str, Any]) -> bool:
+    """Whether both models gain, their intervals above 0; not where a gain is not defined."""
+    return all(gain[model]["low"] is not None and gain[model]["low"] > 0 for model in MODELS)
 
 
 def network(subject: Subject, norm: Norm, known: Measured, asked: Measured) -> dict[str, Any]:
@@ -115,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="hardly trained networks, few images")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the trained networks and the distances")
     asked = parser.parse_args(arguments)
-    result = radius(asked.cache, asked.quick)
+    result = run(asked.cache, asked.quick)
     result["missed"] = [] if asked.quick else missed(result, {}, AT_LEAST)
     for key, bar in shown({}, AT_LEAST).items():
         print(f"{key:48s}{result[key]:.4f}  {bar}")
@@ -139,7 +148,8 @@ def _show(key: str, norm: Norm, row: dict[str, Any]) -> None:
     ):
         lines |= {f"{name.replace('_', ' ')}, {model}": row[name][model] for model in MODELS}
     for name, found in lines.items():
-        print(f"  {name:46s}{found['value']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]", flush=True)
+        told = "-" if found["value"] is None else "{value:+.4f} [{low:+.4f}, {high:+.4f}]".format(**found)
+        print(f"  {name:46s}{told}", flush=True)
 
 
 if __name__ == "__main__":
