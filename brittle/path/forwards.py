@@ -2,10 +2,14 @@
 
 Hooks on the model itself note each of its forward passes that can be trained from. The random state is kept
 only where the pass drew numbers (dropout), so that a replay draws the same.
+
+Activation checkpointing runs a forward pass again, within backward. Around the whole model that is no pass of its own,
+unless it is reentrant: then gradients come from this one.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,19 +18,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from brittle.path.observed import AUTOCAST
 
 
 @dataclass
 class ForwardPass:
-    """One forward pass in which gradients are tracked."""
+    """One forward pass in which gradients are tracked. depth: how many custom functions' backward it began within."""
 
     autocast: int = 0
     resting: tuple[str, ...] = ()
     seen: tuple[float, float, float] = (float("nan"),) * 3
     rows: int | None = None  # length of the first tensor that came in
     random: Tensor | None = None
+    depth: int = 0
 
 
 class ForwardWatch:
@@ -60,17 +66,32 @@ class ForwardWatch:
         if not torch.is_grad_enabled():
             self.count += model.training
             return
+        inside = depth()
+        if torch._C._current_graph_task_id() >= 0 and not inside:  # run again for backward
+            self._before = None
+            self.count += model.training
+            return
         self._entered()
         self._before = random_state(self._device)
         given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() > 0]
         rows = len(given[0]) if given else None
-        self.last = ForwardPass(precision(self._device), resting(self._modules), described(given), rows)
+        what = precision(self._device), resting(self._modules), described(given), rows
+        self.last = ForwardPass(*what, depth=inside)
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.is_grad_enabled() and self.last is not None and self._before is not None:
             self.count += model.training
             if not torch.equal(self._before, random_state(self._device)):
                 self.last.random = self._before
+
+
+def depth() -> int:
+    """In how many custom functions' backward this is called, one within another."""
+    frame, found = sys._getframe(), 0
+    while frame is not None:
+        found += frame.f_code is BackwardCFunction.apply.__code__
+        frame = frame.f_back
+    return found
 
 
 def resting(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 Each process has its own batch, and the optimizer takes the mean of their gradients: a step of several batches. What
 happened to that mean before the optimizer saw it is known by its length alone, which a factor (clipping by norm)
-explains.
+explains, and by the bound that clipping by value leaves.
 """
 
 from __future__ import annotations

@@ -249,7 +249,7 @@ class Recorder:
             self._forget()  # a step without gradients moves nothing
             return
         pairs = matched(self._calls, watch.passes, watch.alive())
-        changes = watch.changes() if self._processes == 1 else watch.length()
+        changes = watch.changes() if self._processes == 1 else watch.averaged()
         counted = {name for name, factor in changes.factors.items() if factor}
         batches = tuple(gathered([batch_of(call, one, counted) for call, one in pairs]))
         if self._keeper.wants_state:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from brittle.errors import NotFiniteError, UnsupportedError
-from brittle.path.forwards import ForwardPass
+from brittle.path.forwards import ForwardPass, depth
 from brittle.path.processes import length_of, world
 
 TOLERANCE = 1e-4
@@ -31,6 +31,10 @@ OTHERWISE = (
     "projection, hand-written gradients); take it out, or audit the trained model without a path"
 )
 
+WITHIN = (
+    "a backward pass may not run within another, as it does under reentrant activation checkpointing: it cannot be "
+    "repeated; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+)
 
 Ends = tuple[Tensor, Tensor]
 """The least and the largest entry of a tensor, two scalars."""
@@ -76,8 +80,9 @@ class Changes:
 class GradientWatch:
     """Notes the gradients of named parameters as backward delivers them.
 
-    They are measured all at once when a pass is over; where the user's own hooks, or other processes, could change
-    them before that, one by one as they come.
+    They are measured all at once when a pass is over; where the user's own hooks could change them before that, one by
+    one as they come. Under several processes they are the processes' mean when the pass is over: what is measured then
+    is that mean, and the pass's own norms as they come.
 
     `passes` are the backward passes since `forget`; one that finds no gradients has had those before it thrown away
     (a skipped step). latest: says which forward pass came last; trained: which tensors the optimizer moves.
@@ -95,6 +100,7 @@ class GradientWatch:
         self._kept: dict[str, bool] = {}
         self._own: dict[str, Ends] = {}  # ends of single gradients, until they are added up
         self._processes = world()[1] > 1
+        self._task = -1  # the run of backward that came last
         self._hooks: dict[str, list[RemovableHandle]] = {}
         self.follow()
 
@@ -152,10 +158,18 @@ class GradientWatch:
             raise NotFiniteError("gradients must be finite, found NaN or infinity; the training diverged")
         return explained(gradients, raw, given)
 
-    def length(self) -> Changes:
-        """The same where gradients were averaged over processes: only the length of the result is known."""
+    def averaged(self) -> Changes:
+        """The same where gradients were averaged over processes, with a factor in it known by the length of the result.
+
+        Bounds are seen where the mean was there when backward was over (DistributedDataParallel), not where it is
+        taken by hand later.
+        """
         taken = self.taken()
-        return Changes(dict.fromkeys(taken, 1.0), {}, length_of(list(taken.values())))
+        try:
+            bounds = self.changes().bounds
+        except UnsupportedError:
+            bounds = {}
+        return Changes(dict.fromkeys(taken, 1.0), bounds, length_of(list(taken.values())))
 
     def close(self) -> None:
         """Stop watching."""
@@ -168,6 +182,7 @@ class GradientWatch:
             if gradient.is_sparse:
                 return
             forward = self._latest()
+            self._look_where(forward)
             if not self.passes or name in self.passes[-1].noted or self.passes[-1].forward is not forward:
                 self.passes.append(BackwardPass(forward))
             one = self.passes[-1]
@@ -175,12 +190,19 @@ class GradientWatch:
             self._kept[name] = parameter.grad is not None and bool(parameter.grad.any())
             one.fresh &= not (self._kept[name] and name in self._counting)
             alone = self._alone(parameter)
-            if self._kept[name] or not alone:
+            if self._kept[name] or self._processes or not alone:
                 one.norms[name] = _sizes([gradient])[0]
             if not alone:
                 self._own[name] = _ends([gradient])[0]
 
         return note
+
+    def _look_where(self, forward: ForwardPass | None) -> None:
+        """Refuse gradients that come from within another backward pass than the forward pass was in."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task and depth() > (forward.depth if forward else 0):
+            raise UnsupportedError(WITHIN)
+        self._task = task
 
     def _add(self, name: str) -> Callable[[Tensor], None]:
         def add(parameter: Tensor) -> None:
@@ -189,7 +211,7 @@ class GradientWatch:
             place, one, own = len(self.passes), self.passes[-1], self._own.pop(name, None)
             if own is None:
                 if not one.late:
-                    torch.autograd.Variable._execution_engine.queue_callback(lambda: self._measure(one, place))
+                    _when_over(lambda: self._measure(one, place), late=self._processes)
                 one.late.append(name)
             elif self._kept[name] and parameter.grad is not None:
                 self._raw[name] = (place, (_sizes([parameter.grad])[0], _ends([parameter.grad])[0]))
@@ -199,18 +221,25 @@ class GradientWatch:
         return add
 
     def _alone(self, parameter: Tensor) -> bool:
-        """Whether nobody else's hook can change the parameter's gradient before the pass is over."""
+        """Whether no user's hook can change the parameter's gradient before the pass is over."""
         on_gradient, on_sum = parameter._backward_hooks or (), parameter._post_accumulate_grad_hooks or ()
-        return not self._processes and len(on_gradient) == len(on_sum) == 1
+        return self._processes or len(on_gradient) == len(on_sum) == 1
 
     def _measure(self, one: BackwardPass, place: int) -> None:
         """The pass is over: measure what it left behind."""
-        left = {name: g for name in one.late if (g := self._parameters[name].grad) is not None}
+        names = [*self._parameters] if self._processes else one.late  # another process may have had more of them
+        left = {name: g for name in names if (g := self._parameters[name].grad) is not None}
         one.late.clear()
         for name, size, ends in zip(left, _sizes(left.values()), _ends(left.values()), strict=True):
             self._raw[name] = (place, (size, ends))
-            if not self._kept[name]:
+            if not (self._processes or self._kept[name]):
                 one.norms[name] = size
+
+
+def _when_over(do: Callable[[], None], late: bool) -> None:
+    """Do something when the present backward pass is over; late: after all that is to be done then by others."""
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    queue((lambda: queue(do)) if late else do)
 
 
 def explained(gradients: Mapping[str, Tensor], raw: Tensor, given: Tensor) -> Changes:
