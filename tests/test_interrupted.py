@@ -370,6 +370,24 @@ def test_resuming_with_another_model_or_optimizer_is_refused_and_leaves_the_path
     assert files(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("make", "differ"), [(sgd(momentum=0.9), "momentum_buffer"), (AdamW, "exp_avg, exp_avg_sq, step")]
+)
+def test_resuming_with_an_optimizer_that_was_not_loaded_is_refused_and_leaves_the_path_alone(
+    make: Any, differ: str, tmp_path: Path
+) -> None:
+    """Its momentum would begin anew, and the steps before would be credited as if it went on."""
+    loop = ByHand(tmp_path, make)
+    loop.steps(3)
+    loop.recorder.flush()
+    loop.recorder.release()
+    before = files(tmp_path)
+    with pytest.raises(PathMismatchError, match=f"find the optimizer as it was after 3 steps, its {differ} differ from"):
+        ByHand(tmp_path, model=loop.model, optimizer=make(loop.model.parameters()), resume=3)
+    assert files(tmp_path) == before
+    ByHand(tmp_path, model=loop.model, optimizer=loop.optimizer, resume=3).recorder.release()
+
+
 def test_resuming_where_nothing_is_recorded_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PathMismatchError, match=r"has no path\.json"):
         ByHand(tmp_path / "nothing", resume=0)

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from by_hand import ByHand, assert_recorded, normalized, seeded, sgd
 from cases import float64 as float64
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import SGD, Adam, AdamW
+from torch.utils.checkpoint import checkpoint
 
 from brittle.errors import NotFiniteError, UnsupportedError
 
@@ -273,6 +275,62 @@ def test_a_layer_without_a_part_has_none(make: str, tmp_path: Path) -> None:
     loop.steps(3)
     path = assert_recorded(loop)
     assert (path.step(2).counts[2:] == -1).all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"dampening": 0.4}, {"nesterov": True}])
+def test_momentum_that_the_loop_throws_away_begins_anew(settings: dict[str, Any], tmp_path: Path) -> None:
+    """In a few tensors, then in all."""
+    loop = ByHand(tmp_path, sgd(momentum=0.9, **settings))
+    loop.steps(3)
+    for parameter in first_two(loop.model):
+        del loop.optimizer.state[parameter]
+    loop.steps(2)
+    loop.optimizer.state.clear()
+    loop.steps(2)
+    assert_recorded(loop)
+
+
+class Checkpointed(nn.Module):
+    """A small network whose layers are computed again in the backward pass, those of `part`."""
+
+    def __init__(self, part: str, reentrant: bool) -> None:
+        super().__init__()
+        self.net = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.3), nn.Linear(5, 3)))
+        self.part, self.reentrant = part, reentrant
+
+    def again(self, layers: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(layers, x.requires_grad_(), use_reentrant=self.reentrant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, last = self.net[:1], self.net[1:]
+        if not self.training or self.part == "all":
+            return self.net(x)
+        return last(self.again(first, x)) if self.part == "first" else self.again(last, first(x))
+
+
+def checkpointed(part: str, reentrant: bool, root: Path) -> ByHand:
+    """The loop of such a network; all of it is computed again where the loop asks for it, outside the model."""
+    loop = ByHand(root, model=(model := Checkpointed(part, reentrant)))
+    loop.loss = lambda ids, share=1.0: share * F.cross_entropy(  # type: ignore[method-assign]
+        model.again(model, loop.inputs[ids]) if part == "all" else model(loop.inputs[ids]), loop.targets[ids]
+    )
+    return loop
+
+
+@pytest.mark.parametrize(("part", "reentrant"), [("first", False), ("last", False), ("all", False), ("all", True)])
+def test_what_is_computed_again_in_the_backward_pass_is_no_pass_of_its_own(
+    part: str, reentrant: bool, tmp_path: Path
+) -> None:
+    loop = checkpointed(part, reentrant, tmp_path)
+    loop.steps(5)
+    assert_recorded(loop)
+
+
+@pytest.mark.parametrize("part", ["first", "last"])
+def test_reentrant_checkpointing_inside_the_model_is_refused_by_name(part: str, tmp_path: Path) -> None:
+    loop = checkpointed(part, True, tmp_path)
+    with pytest.raises(UnsupportedError, match=r"reentrant activation checkpointing.*use_reentrant=False"):
+        loop.step()
 
 
 def test_a_step_without_any_gradient_is_none(tmp_path: Path) -> None:

@@ -73,14 +73,14 @@ def step_rule(recipe: Recipe, moments: Moments) -> StepRule:
 
 
 def _sgd(r: Recipe, _: Moments) -> StepRule:
-    """Without momentum the buffer rests; in its first step torch leaves dampening out."""
+    """Without momentum the buffer rests; in its first step, and where it was thrown away, it is the gradient."""
     momentum, nesterov = r.of("momentum"), r.flag("nesterov")
     with_buffer, begun = momentum != 0, r.extra > 0
-    gain = torch.where(begun, 1 - r.of("dampening"), 1.0)
+    gain, beta = torch.where(begun, 1 - r.of("dampening"), 1.0), torch.where(begun, momentum, 0.0)
     return StepRule(
         clip=1.0,
         gain=r.where_held(torch.where(with_buffer, gain, 0.0), rest=0.0),
-        beta=r.where_held(torch.where(with_buffer, momentum, 1.0), rest=1.0),
+        beta=r.where_held(torch.where(with_buffer, beta, 1.0), rest=1.0),
         scale=r.over(r.rate, rest=0.0),
         direct=r.where_held((nesterov | ~with_buffer).double(), rest=0.0),
         held=r.where_held(torch.where(nesterov | ~with_buffer, momentum, 1.0), rest=1.0),

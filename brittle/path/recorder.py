@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brittle.errors import DataError, NotFiniteError, PathMismatchError
+from brittle.errors import DataError, NotFiniteError
 from brittle.path import store
 from brittle.path.average import AverageWatch
 from brittle.path.flat import keep_freed_memory, layout, on_cpu, state_of
@@ -38,7 +38,7 @@ from brittle.path.passes import Call, batch_of, checked_call, matched
 from brittle.path.processes import check_all_record, gathered, world
 from brittle.path.recipe import OBSERVED
 from brittle.path.spending import Spending
-from brittle.path.taking_up import cut, state_at
+from brittle.path.taking_up import check_as_it_was, cut, state_at
 from brittle.path.training import bare, check_training, counts_batches
 from brittle.path.watch import GradientWatch
 
@@ -208,12 +208,8 @@ class Recorder:
             store.write_header(self.root, self._slots, spending.kind, spending.name, spending.warnings)
             return
         there = state_at(self.root, at, self._slots, spending.kind)
-        if there is not None and not torch.equal(there.state, self._snapshot().state):
-            raise PathMismatchError(
-                f"resume={at} must find the model as it was after {at} steps, its weights differ from those recorded; "
-                "load the checkpoint of that step into model and optimizer before the Recorder is made"
-            )
         if there is not None:
+            check_as_it_was(there, self._snapshot(), spending.kind)
             spending.restore(there.buffers)
         self._keeper.take_up(at, cut(self.root, at))
         self._keeper.add_state(self._snapshot())

@@ -54,6 +54,8 @@ class Resumed:
                 rests = seen.counts[k] < 0
                 piece = None if rests else gradient[slot.start : slot.stop].view(slot.shape)
                 self._parameters[slot.name].grad = piece
+                if self.kind == "SGD" and not seen.extra[k]:
+                    self._optimizer.state.pop(self._parameters[slot.name], None)  # thrown away by the training
         self._optimizer.step()
         self._optimizer.zero_grad()
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from brittle.errors import PathMismatchError
 from brittle.path.flat import Slot
 from brittle.path.observed import Snapshot
 from brittle.path.packing import unpacked_states, unpacked_steps
+from brittle.path.recipe import OBSERVED
 from brittle.path.store import delete, files_of, first_of, read_header
 from brittle.shards import read_arrays, read_notes, whole
 
@@ -38,6 +41,29 @@ def state_at(root: Path, at: int, slots: Sequence[Slot], optimizer: str) -> Snap
             "that was saved before that (recorder.flush() returns the steps that are safe), or train anew"
         )
     return next((s for file in files_of(root, "states") for s in _states(file) if s.step == at), None)
+
+
+def check_as_it_was(there: Snapshot, now: Snapshot, optimizer: str) -> None:
+    """Model and optimizer must be as they were before a stored state's step. Raises `PathMismatchError`."""
+    at = there.step
+    remedy = "load the checkpoint of that step into model and optimizer before the Recorder is made"
+    if not torch.equal(there.state, now.state):
+        raise PathMismatchError(
+            f"resume={at} must find the model as it was after {at} steps, its weights differ from those recorded; "
+            f"{remedy}"
+        )
+    if optimizer == OBSERVED:
+        return  # what it holds is not known
+    names = sorted(there.buffers.keys() | now.buffers.keys())
+    held = [(name, there.buffers.get(name), now.buffers.get(name)) for name in names]
+    other = [name for name, a, b in held if a is None or b is None or not torch.equal(a, b)]
+    if optimizer != "SGD" and not torch.equal(there.counts, now.counts):  # SGD does not count
+        other.append("step")
+    if other:
+        raise PathMismatchError(
+            f"resume={at} must find the optimizer as it was after {at} steps, its {', '.join(other)} differ from what "
+            f"was recorded; {remedy}"
+        )
 
 
 def cut(root: Path, at: int) -> dict[int, int]:
