@@ -382,7 +382,9 @@ def test_resuming_with_an_optimizer_that_was_not_loaded_is_refused_and_leaves_th
     loop.recorder.flush()
     loop.recorder.release()
     before = files(tmp_path)
-    with pytest.raises(PathMismatchError, match=f"find the optimizer as it was after 3 steps, its {differ} differ from"):
+    with pytest.raises(
+        PathMismatchError, match=f"the optimizer as it was after 3 steps, its {differ} differ from what"
+    ):
         ByHand(tmp_path, model=loop.model, optimizer=make(loop.model.parameters()), resume=3)
     assert files(tmp_path) == before
     ByHand(tmp_path, model=loop.model, optimizer=loop.optimizer, resume=3).recorder.release()

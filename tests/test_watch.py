@@ -311,8 +311,11 @@ class Checkpointed(nn.Module):
 def checkpointed(part: str, reentrant: bool, root: Path) -> ByHand:
     """The loop of such a network; all of it is computed again where the loop asks for it, outside the model."""
     loop = ByHand(root, model=(model := Checkpointed(part, reentrant)))
-    loop.loss = lambda ids, share=1.0: share * F.cross_entropy(  # type: ignore[method-assign]
-        model.again(model, loop.inputs[ids]) if part == "all" else model(loop.inputs[ids]), loop.targets[ids]
+    loop.loss = lambda ids, share=1.0: (
+        share
+        * F.cross_entropy(  # type: ignore[method-assign]
+            model.again(model, loop.inputs[ids]) if part == "all" else model(loop.inputs[ids]), loop.targets[ids]
+        )
     )
     return loop
 
