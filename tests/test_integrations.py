@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheck
 from lightning.pytorch.strategies import FSDPStrategy
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
@@ -32,6 +33,7 @@ from brittle.integrations import huggingface, lightning
 from brittle.integrations.lightning import ids_of
 from brittle.kernel.sweep import sweep
 from brittle.path.match import check_path
+from brittle.path.recorder import Recorder
 from brittle.path.store import PathReader
 from brittle.records import Ledger, Pairs
 
@@ -429,6 +431,58 @@ def test_evaluations_and_predictions_may_have_ids_at_any_time(tmp_path: Path) ->
     trainer.evaluate()
     assert trainer.predict(Rows(1)).predictions.shape == (TEST, 10)
     assert_closes(ledger_of(model, tmp_path / "path"))
+
+
+class Averaging(TrainerCallback):
+    """Holds a running average of the weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.average.update_parameters(model)
+
+
+def test_a_trainers_averaged_weights_are_the_audited_ones(tmp_path: Path) -> None:
+    model, path = Plain(), tmp_path / "path"
+    averaging = Averaging(model)
+    callback = huggingface.RecorderCallback(path, average=averaging.average)
+    hugging(model, tmp_path, callback, averaging).train()
+    assert PathReader(path).average is not None
+    assert_closes(ledger_of(averaging.average.module, path))
+    assert not torch.equal(averaging.average.module.head.weight, model.head.weight)
+
+
+def test_an_average_that_a_checkpoint_does_not_hold_is_refused(tmp_path: Path) -> None:
+    """Where the Trainer makes the callback again from what the checkpoint holds."""
+    saving = {"save_strategy": "steps", "save_steps": 4, "restore_callback_states_from_checkpoint": True}
+
+    def trainer(*callbacks: TrainerCallback) -> Trainer:
+        averaging = Averaging(model := Plain())
+        recorded = huggingface.RecorderCallback(tmp_path / "path", average=averaging.average)
+        return hugging(model, tmp_path, averaging, recorded, *callbacks, **saving)
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer(Cut()).train()
+    with pytest.raises(UnsupportedError, match="restore_callback_states_from_checkpoint=False"):
+        trainer().train(resume_from_checkpoint=True)
+
+
+def test_both_callbacks_pass_on_what_the_recorder_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Noted(Recorder):
+        def __init__(self, *args: Any, **given: Any) -> None:
+            asked.append(given)
+            super().__init__(*args, **given)
+
+    for module in (lightning, huggingface):
+        monkeypatch.setattr(module, "Recorder", Noted)
+    trainer_of(lightning.RecorderCallback(tmp_path / "a", writing=0.2, repeats=True)).fit(Digits(), loader())
+    hugging(Plain(), tmp_path, huggingface.RecorderCallback(tmp_path / "b", writing=0.2, repeats=True)).train()
+    assert [{name: given[name] for name in ("writing", "repeats", "resume")} for given in asked] == [
+        {"writing": 0.2, "repeats": True, "resume": None}
+    ] * 2
 
 
 class Cut(TrainerCallback):

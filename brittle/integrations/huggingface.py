@@ -48,7 +48,10 @@ class RecorderCallback(TrainerCallback, ExportableState):
         ids: the keyword under which the model is given the ids (B,), as a tensor; `forward` never sees it.
         inputs: the keyword under which it is given its inputs, where they cannot be made again (augmentation
             without a seed): they are stored with the path, as raw inputs. Nothing is stored by default.
+        average: the module that holds a running average of the model's weights, which a callback of yours updates in
+            `on_step_end`; then it is the audited one.
         budget: bytes of disk that the states may take.
+        writing: part of the training's time that writing may take, as in `Recorder`.
         repeats: ids may repeat within a batch.
 
     A checkpoint holds the number of steps that are safe on disk, and `train(resume_from_checkpoint=...)` goes on
@@ -60,8 +63,8 @@ class RecorderCallback(TrainerCallback, ExportableState):
 
     Raises:
         PathMismatchError: where a training goes on with other weights than the checkpoint's.
-        UnsupportedError: for several processes or GPUs, sharded or compiled models, and weights that are exchanged
-            at the end; and what `Recorder` refuses.
+        UnsupportedError: for several processes or GPUs, sharded or compiled models, weights that are exchanged at
+            the end, and an average that a checkpoint does not hold; and what `Recorder` refuses.
         DataError: for batches without ids.
     """
 
@@ -71,10 +74,14 @@ class RecorderCallback(TrainerCallback, ExportableState):
         ids: str = "ids",
         *,
         inputs: str | None = None,
+        average: nn.Module | None = None,
         budget: int = 2 << 30,
+        writing: float = 0.05,
         repeats: bool = False,
     ) -> None:
-        self.out, self.ids, self.inputs, self.budget, self.repeats = Path(out), ids, inputs, budget, repeats
+        self.out, self.ids, self.inputs, self.average = Path(out), ids, inputs, average
+        self.budget, self.writing, self.repeats = budget, writing, repeats
+        self.averages = average is not None
         self.recorder: Recorder | None = None
         self._model: Any = None
         self._hooks: list[RemovableHandle] = []
@@ -97,12 +104,24 @@ class RecorderCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Begin to record: the weights and the optimizer are now as a checkpoint left them."""
         check_arguments(args)
+        if self.averages and self.average is None:
+            raise UnsupportedError(
+                "a checkpoint holds no average=, this callback was made from one; train with "
+                "restore_callback_states_from_checkpoint=False, which keeps the callback that was handed over"
+            )
         door, steps = _door_of(model), _safe_steps(state)
         if door.callback is not None:
             door.callback._let_go()  # a training that an exception ended: the Trainer does not tell
         with _in_its_precision(model) as self._hooks:
             self.recorder = Recorder(
-                model, _unwrapped(optimizer), self.out, self.budget, repeats=self.repeats, resume=steps
+                model,
+                _unwrapped(optimizer),
+                self.out,
+                self.budget,
+                average=self.average,
+                writing=self.writing,
+                repeats=self.repeats,
+                resume=steps,
             )
         self._model, self._epoch = model, None
         door.key, door.callback = self.ids, self
@@ -120,9 +139,10 @@ class RecorderCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: how to make this callback again, and how many steps are safe."""
-        options = {"out": str(self.out), "ids": self.ids, "inputs": self.inputs}
-        found = {} if self.recorder is None else {"steps": self.recorder.flush()}
-        return {"args": {**options, "budget": self.budget, "repeats": self.repeats}, "attributes": found}
+        names = ("ids", "inputs", "budget", "writing", "repeats")
+        options = {"out": str(self.out), **{name: getattr(self, name) for name in names}}
+        steps = {} if self.recorder is None else {"steps": self.recorder.flush()}
+        return {"args": options, "attributes": {"averages": self.averages, **steps}}
 
     def record(self, batch: dict[str, Any]) -> None:
         """Give the recorder one forward pass's ids. batch: the model's keyword arguments."""

@@ -66,6 +66,7 @@ class RecorderCallback(Callback):
         average: the name of a submodule that holds a running average of `model`; Lightning's own `WeightAveraging`
             is found without.
         budget: bytes of disk that the states may take.
+        writing: part of the training's time that writing may take, as in `Recorder`.
         repeats: ids may repeat within a batch.
 
     A checkpoint holds the number of steps that are safe on disk, and `fit(ckpt_path=...)` goes on from there in the
@@ -87,10 +88,11 @@ class RecorderCallback(Callback):
         model: str = "",
         average: str | None = None,
         budget: int = 2 << 30,
+        writing: float = 0.05,
         repeats: bool = False,
     ) -> None:
         self.out, self.ids, self.model, self.average = Path(out), ids, model, average
-        self.budget, self.repeats = budget, repeats
+        self.budget, self.writing, self.repeats = budget, writing, repeats
         self.recorder: Recorder | None = None
         self._resume: int | None = None
         self._batch: dict[str, Any] = {}
@@ -120,6 +122,7 @@ class RecorderCallback(Callback):
             self.out,
             self.budget,
             average=self._averaged(trainer, pl_module),
+            writing=self.writing,
             repeats=self.repeats,
             resume=self._resume,
         )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from types import FrameType
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ class ForwardWatch:
 
 def depth() -> int:
     """In how many custom functions' backward this is called, one within another."""
-    frame, found = sys._getframe(), 0
+    frame: FrameType | None = sys._getframe()
+    found = 0
     while frame is not None:
         found += frame.f_code is BackwardCFunction.apply.__code__
         frame = frame.f_back
