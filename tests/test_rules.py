@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from brittle.errors import UnsupportedError
+from brittle.path.changes import Changes
 from brittle.path.flat import layout
 from brittle.path.optimizers import MOMENTS, kind_of, step_rule
 from brittle.path.recipe import OBSERVED, Recipe
 from brittle.path.rules import StepRule, advance, pull_back
 from brittle.path.spending import Spending
-from brittle.path.watch import Changes
 
 SIZES, STEPS = (3, 4, 2, 5, 2), 9
 RESTING = {0: {1}, 2: {0}, 3: {1, 2}, 4: {2}, 6: {3}, 7: {0, 1, 2}}

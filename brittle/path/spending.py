@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from brittle.errors import UnsupportedError
+from brittle.path.changes import Changes
 from brittle.path.flat import Slot, Spare, on_cpu
 from brittle.path.optimizers import MULTIPLIED, kind_of
 from brittle.path.recipe import OBSERVED, named_momentum
-from brittle.path.watch import Changes
 
 NOT_SETTINGS = ("params", "lr", "initial_lr", "param_names")
 
