@@ -67,8 +67,9 @@ class ForwardWatch:
         if not torch.is_grad_enabled():
             self.count += model.training
             return
-        inside = depth()
-        if torch._C._current_graph_task_id() >= 0 and not inside:  # run again for backward
+        backward = torch._C._current_graph_task_id() >= 0
+        inside = depth() if backward else 0
+        if backward and not inside:  # run again for it
             self._before = None
             self.count += model.training
             return
