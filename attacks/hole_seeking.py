@@ -3,18 +3,18 @@
 In L2 or Linf, untargeted or towards a target; within a fixed distance (`seek_holes_within`), or minimal-norm in three
 stages:
 
-1. Route (`route`): at the clean input the map ranks the rivals by the distance at which the balance of mass tips,
-   and gives the direction in which each lies.
-2. Tracks (`descent`): the first starts towards the best-ranked rival and is free to end in any wrong class; each
-   further one aims at the best-ranked rival at which none has aimed or ended yet, from the radius already reached;
-   once there is none, at the best-ranked ones again, from random points.
+1. Route (`route`): at the clean input the map ranks the rivals, and says how far away and in which direction the
+   balance of mass tips to each.
+2. Tracks (`descent`): the first starts beyond that point of the best-ranked rival and is free to end in any wrong
+   class; each further one aims at the best-ranked rival at which none has aimed or ended yet, from the radius already
+   reached; once there is none, at the best-ranked ones again, from random points.
 3. Line search between the input and the nearest success of all tracks.
 
-What counts is the order of the rivals: a descent from elsewhere ends in the same place as a rule, a descent to
-another rival does not. On a plain MNIST CNN (100 images, 100 evaluations on the model, a map of 20 segments) rivals
-in the map's order brought the distance 1.1 % (L2, standard error 0.3) and 0.7 % (Linf, 0.2) below that with rivals in
-random order, and 0.3 % and 0.2 % (0.1 each) below that with rivals in the order of the margin's gradient, which costs
-one evaluation a rival where the map costs its nodes. The latter is what ranks them without a map.
+The map gives the order of the rivals and the first track's start, beyond the boundary that it predicts. On a plain
+MNIST CNN the order is what it brings: about as much as the margin's own gradient does, which costs one evaluation a
+rival where the map costs its nodes, and which ranks them without a map. On an adversarially trained one the start is:
+in L2 descents from clean inputs end in poor places, those from where the map of the whole path points do not
+(benchmarks/attacks.md has the figures). A map of one segment, the whole path, serves better than a finer one.
 """
 
 from __future__ import annotations
@@ -40,8 +40,14 @@ FREE = Descent()
 AIMED = Descent(step=(0.5, 0.01))
 """The further ones: shorter steps, to come near in the place they aim at."""
 
-START = 0.5
-"""Where a track starts, as a share of the predicted distance towards its rival."""
+START = 1.5
+"""Where a track starts, in units of the predicted distance towards its rival."""
+
+SLOPE = 0.5
+"""How much the slope of the mass counts beside the margin in the order of the rivals."""
+
+AGAIN = 0.5
+"""How far away a track starts that goes for a rival once more, in units of the radius already reached."""
 
 LEAST = 1e-3
 """Least clean margin that sets a temperature, as a share of the range of the logits."""
@@ -85,7 +91,7 @@ def seek_holes(
             rival = bearing.rivals.gather(1, rank[:, None])[:, 0]
             start = bearing.start(problem, rank, START)
             again = spread(times.amin(1) > 0, start)
-            start = torch.where(again, _anywhere(problem, START * search.best, generator), start)
+            start = torch.where(again, _anywhere(problem, AGAIN * search.best, generator), start)
             descend(
                 problem.aimed(rival) if k else problem, search, start, scale, AIMED if k else FREE, share, generator
             )
@@ -109,7 +115,7 @@ def seek_holes_within(
 ) -> tuple[AttackRows, Route | None]:
     """Find a success within `epsilon`, led by the mass map: Auto-PGD towards the best-ranked rivals, one by one.
 
-    Each climb raises the DLR towards its rival, from where the map says that the balance is half tipped. Of the
+    Each climb raises the DLR towards its rival, from where the map says that the balance has tipped. Of the
     successes the one with the largest margin is returned; with `early` an input is left at its first.
 
     Args:
@@ -142,7 +148,7 @@ def _bearing(
     if guide == "random":
         return random_bearing(search.problem, clean, candidates, generator)
     leader = guide if isinstance(guide, Guide) else Guide.margin(search.problem)
-    return take_bearing(search, leader, clean, candidates, generator)
+    return take_bearing(search, leader, clean, candidates, generator, SLOPE)
 
 
 def _shares(steps: int, tracks: int) -> list[int]:

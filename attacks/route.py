@@ -4,14 +4,16 @@ The output of a pair (predicted class, rival r) stands on mass: margin_r ~ start
 mass hold the prediction up, groups with negative mass pull to the rival; along the gradient of both together the
 balance tips, to first order, at
 
-    distance_r = margin_r / || grad_x sum_g mass_g ||_dual,
+    distance_r = margin_r / rate_r,        rate_r = || grad_x sum_g mass_g ||_dual,
 
-and the rival whose balance tips soonest comes first. A mass map differs from the margin's own gradient in that it
-is averaged over the whole training, which looks beyond the nearest kinks: on a small MNIST CNN it named the rival of
-the truly nearest adversarial for 74 % of 100 images, the margin's gradient for 71 %, the second largest logit for
-67 % (gradients of the two classes' groups alone: 48 %; cancellation makes single groups poor guides). Without a map
-the margin itself serves as the one group, which is the first-order rule of DeepFool (Moosavi-Dezfooli, Fawzi,
-Frossard 2016, arXiv 1511.04599).
+and the rival with the smallest margin_r / rate_r^a comes first. With a = 1, the distance, the first rival is right on
+linear models and most often so on a plain MNIST CNN; on an adversarially trained one, whose clean gradients say little
+of what lies far away, a = 0 is: the margin alone. Half way between is near the better of the two on both
+(benchmarks/attacks.md).
+
+A mass map differs from the margin's own gradient in that it comes from weights along the whole training, which looks
+beyond the kinks and flat parts that the final weights have around an input. Without a map the margin itself serves as
+the one group, as in DeepFool (Moosavi-Dezfooli, Fawzi, Frossard 2016, arXiv 1511.04599).
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Guide:
 
 @dataclass(frozen=True)
 class Bearing:
-    """K rivals of each input, the soonest tipped first, with the way that each lies."""
+    """K rivals of each input, the likeliest first, with the way that each lies."""
 
     rivals: Tensor  # shape: (B, K) int64
     tip: Tensor  # shape: (B, K) distance at which the balance is predicted to tip
@@ -81,27 +83,38 @@ class Route:
     after: Tensor  # shape: (B, G) logits
 
 
-def take_bearing(search: Search, guide: Guide, clean: Tensor, candidates: int, generator: torch.Generator) -> Bearing:
-    """Rank each input's most likely rivals by the distance at which the mass balance tips.
+def take_bearing(
+    search: Search,
+    guide: Guide,
+    clean: Tensor,
+    candidates: int,
+    generator: torch.Generator,
+    power: float = 1.0,
+) -> Bearing:
+    """Rank each input's most likely rivals, by default by the distance at which the mass balance tips.
 
     Args:
         clean: (B, C) logits at the clean inputs.
         candidates: K, how many of the largest logits to consider (all there are, if fewer).
         generator: of the directions where a gradient vanishes.
+        power: a, how much the slope of the mass counts beside the margin.
 
     Cost: K `guide.evaluations` an input.
     """
     problem = search.problem
     rivals = rank_by_logit(problem, clean)[:, :candidates]
-    tips, ways = [], []
+    margins, rates, ways = [], [], []
     for rival in rivals.unbind(1):
         pairs = Pairs(problem.labels, rival)
         gradient = _mass_gradient(search, guide, pairs)
-        rate = dual_size(gradient, problem.norm)
-        tips.append(pairs.margin(clean) / rate.clamp_min(torch.finfo(rate.dtype).tiny))
+        margins.append(pairs.margin(clean))
+        rates.append(dual_size(gradient, problem.norm))
         ways.append(-steepest(gradient, problem.norm, generator))
+    margin, rate = torch.stack(margins, 1), torch.stack(rates, 1)  # shape: (B, K)
+    rate = rate.clamp_min(torch.finfo(rate.dtype).tiny)
+    order = (margin / rate**power).nan_to_num(torch.inf).argsort(dim=1, stable=True)
     farthest = room(problem.inputs, problem.bounds, problem.norm)[:, None]
-    tip, order = torch.stack(tips, 1).nan_to_num(torch.inf).minimum(farthest).sort(dim=1, stable=True)
+    tip = (margin / rate).nan_to_num(torch.inf).minimum(farthest).gather(1, order)
     every = torch.arange(len(order), device=order.device)[:, None]
     return Bearing(rivals.gather(1, order), tip, torch.stack(ways, 1)[every, order])
 

@@ -54,11 +54,14 @@ def test_envelopes_and_what_they_cost(subject: Subject, queries: Queries, norm: 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_hole_seeking_attack_alone_and_its_map(subject: Subject, queries: Queries, norm: Norm) -> None:
-    found = measure.alone(subject, queries, norm, 100)
+    guide = measure.guide_of(subject)
+    found = measure.alone(subject, queries, norm, 100, guide)
     assert 0.8 < found["ratio"] < 1.1
-    gain = measure.map_gain(subject, queries, norm, 100)
-    assert gain["low"] <= gain["gain"] <= gain["high"]
-    assert gain["map_evaluations"] == 6  # two rivals are there, three are asked for; one node, forward and back
+    gain = measure.map_gain(subject, queries, norm, 100, guide)
+    for part in (gain, gain["over_gradient"]):
+        assert part["low"] <= part["gain"] <= part["high"]
+    assert gain["map_evaluations"] == 4  # two rivals are there; one node, forward and back
+    assert gain["evaluations"] <= 100
 
 
 def test_every_pass_of_a_peer_is_counted(subject: Subject, queries: Queries) -> None:
@@ -80,10 +83,11 @@ def test_bars_are_missed_where_a_figure_is_worse() -> None:
             f"{name}_{norm}": {"ratio": 0.9, "within_budget": True} for name in ("plain", "robust") for norm in NORMS
         },
         "alone": {"plain_l2_100": {"ratio": 1.1}},
-        "map": {str(k): {"low": 0.1 if k else -0.1} for k in range(4)},
+        "map": {f"{k}_100": {"low": 0.1 if k else -0.1} for k in range(4)} | {"0_1000": {"low": 0.1}},
     }
     found = dict.fromkeys(KEYS) | _summary(per)
     assert found["envelope_worst_ratio"] == 0.9
     assert found["map_wins"] == 3
+    assert found["map_wins_by_budget"] == {100: 3, 1000: 1}
     assert _missed(found) == ["hole_seeking_worst_ratio"]
     assert _missed(dict.fromkeys(KEYS)) == []

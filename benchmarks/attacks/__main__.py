@@ -48,14 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     per: dict[str, dict[str, Any]] = {"envelopes": {}, "alone": {}, "map": {}}
     for name, subject in made.items():
         queries = measure.right_queries(subject, size.images)
+        guide = measure.guide_of(subject) if {"alone", "map"} & set(parts) else None
         for norm in measure.NORMS:
             print(f"{name}, {norm}, {len(queries)} images", flush=True)
             if "envelopes" in parts:
                 per["envelopes"][f"{name}_{norm}"] = measure.envelopes(subject, queries, norm, preset)
-            for budget in measure.BUDGETS[: 1 if asked.quick else None] if "alone" in parts else ():
-                per["alone"][f"{name}_{norm}_{budget}"] = measure.alone(subject, queries, norm, budget)
-            if "map" in parts:
-                per["map"][f"{name}_{norm}"] = measure.map_gain(subject, queries, norm, measure.BUDGETS[0])
+            for budget in measure.BUDGETS[: 1 if asked.quick else None]:
+                key = f"{name}_{norm}_{budget}"
+                if guide is None:
+                    break
+                if "alone" in parts:
+                    per["alone"][key] = measure.alone(subject, queries, norm, budget, guide)
+                if "map" in parts:
+                    per["map"][key] = measure.map_gain(subject, queries, norm, budget, guide)
         if name == "robust" and "auto" in parts:
             against = measure.against_auto_attack(subject, queries, preset)
             found |= (
@@ -82,8 +87,8 @@ def _summary(per: dict[str, dict[str, Any]]) -> dict[str, Any]:
         out |= {"hole_seeking_ratio": ratios, "hole_seeking_worst_ratio": max(ratios.values())}
         out["hole_seeking"] = per["alone"]
     if per["map"]:
-        wins = sum(value["low"] > 0 for value in per["map"].values())
-        out |= {"map_gain": per["map"], "map_wins": wins}
+        wins = {b: sum(v["low"] > 0 for k, v in per["map"].items() if k.endswith(f"_{b}")) for b in measure.BUDGETS}
+        out |= {"map_gain": per["map"], "map_wins": wins[measure.BUDGETS[0]], "map_wins_by_budget": wins}
     return out
 
 

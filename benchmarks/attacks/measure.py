@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +32,6 @@ from brittle.kernel.tangent import tangent_memory
 from brittle.mass import class_groups
 from brittle.records import AttackRows, Norm, Pairs, Queries
 from brittle.subject import Subject
-
-SEGMENTS, NODES, ROUTE = 40, 2, 4
-"""Of the group memory, and the segments of it that lead the attack, as in a quick audit."""
 
 BUDGETS, BOOTSTRAPS, ROUNDS = (100, 1000), 2000, 5
 NORMS: tuple[Norm, ...] = ("l2", "linf")
@@ -76,16 +73,10 @@ def envelopes(subject: Subject, queries: Queries, norm: Norm, preset: str) -> di
     return {"ratio": ratio, "evaluations": spent, "peers_evaluations": allowed, "within_budget": spent <= allowed}
 
 
-def alone(subject: Subject, queries: Queries, norm: Norm, budget: int) -> dict[str, Any]:
-    """The hole-seeking attack against the best single peer at the same evaluations."""
-    problem, rivals = problem_of(subject, queries, norm, cap=budget), 5 if budget < 1000 else 9
-    ours, _ = seek_holes(
-        problem,
-        generator=generator(),
-        steps=budget - rivals,
-        tracks=min(rivals, 3 if budget < 300 else 9),
-        candidates=rivals,
-    )
+def alone(subject: Subject, queries: Queries, norm: Norm, budget: int, guide: Guide) -> dict[str, Any]:
+    """The hole-seeking attack against the best single peer at the same evaluations, those of the map among them."""
+    problem = problem_of(subject, queries, norm, cap=budget)
+    ours = hole_seeking(problem, guide, budget)
     table: dict[str, Callable[[], AttackRows]] = {
         "FAB": lambda: fab(problem, generator=generator(), steps=budget - 12),
         "FMN": lambda: fmn(problem, generator=generator(), steps=budget - 14),
@@ -97,7 +88,6 @@ def alone(subject: Subject, queries: Queries, norm: Norm, budget: int) -> dict[s
     outside = peers.ddn if norm == "l2" else peers.fmn
     found = outside(subject.model, queries.inputs, queries.targets, budget)
     far[found.name] = found.distance
-    assert int(ours.evaluations.max()) <= budget
     medians = {name: _median(distance) for name, distance in far.items()}
     best = min(medians, key=medians.__getitem__)
     nearest = torch.stack([distance.double() for distance in far.values()]).amin(0)
@@ -109,35 +99,67 @@ def alone(subject: Subject, queries: Queries, norm: Norm, budget: int) -> dict[s
     return {"ratio": _median(ours.distance) / medians[best], "best_peer": best, "smallest_share": share}
 
 
-def map_gain(subject: Subject, queries: Queries, norm: Norm, budget: int) -> dict[str, float]:
-    """Mean of log distance without the map minus with it, at the same evaluations, the map's own among them."""
-    guide = guide_of(subject)
-    candidates = 3
-    cost = candidates * guide.evaluations
-    problem = problem_of(subject, queries, norm)
-    led, _ = seek_holes(
-        problem, guide, generator=generator(), steps=max(budget - cost, 20), candidates=candidates, traced=False
+def map_gain(subject: Subject, queries: Queries, norm: Norm, budget: int, guide: Guide) -> dict[str, Any]:
+    """Log distance without the map minus with it, at the same evaluations, the map's own among them.
+
+    Without it rivals and start are random; `over_gradient` is against those that the margin's own gradient gives.
+    """
+    problem = problem_of(subject, queries, norm, cap=budget)
+    led, unled, sloped = (hole_seeking(problem, g, budget) for g in (guide, "random", Guide.margin(problem)))
+    gain, over = paired(unled, led), paired(sloped, led)
+    cost = min(_rivals(budget), subject.classes - 1) * guide.evaluations
+    print(f"  map, {budget} evaluations, {cost} of them its own: {_told(gain)}; over the gradient: {_told(over)}")
+    spent = int(led.evaluations.max())
+    return {**gain, "over_gradient": over, "evaluations": spent, "map_evaluations": cost}
+
+
+def hole_seeking(problem: Problem, guide: Guide | Literal["random"], budget: int) -> AttackRows:
+    """The attack at `budget` evaluations in all: what the guide does not cost goes into the descents."""
+    rivals = _rivals(budget)
+    asked = min(rivals, problem.logits(problem.inputs[:1]).shape[1] - 1)
+    cost = 0 if guide == "random" else asked * guide.evaluations
+    rows, _ = seek_holes(
+        problem,
+        guide,
+        generator=generator(),
+        steps=budget - cost,
+        tracks=3 if budget < 300 else rivals,
+        candidates=rivals,
+        traced=False,
     )
-    steps = int(led.evaluations.max())
-    unled, _ = seek_holes(problem, "random", generator=generator(), steps=steps, candidates=candidates)
-    both = led.success & unled.success
-    gain = (unled.distance.log() - led.distance.log())[both]
+    assert int(rows.evaluations.max()) <= budget
+    return rows
+
+
+def _rivals(budget: int) -> int:
+    """Classes that the attack ranks."""
+    return 5 if budget < 1000 else 9
+
+
+def paired(others: AttackRows, ours: AttackRows) -> dict[str, float]:
+    """Mean of log distance, theirs minus ours, over the inputs where both succeeded, with its 95 % interval."""
+    both = ours.success & others.success
+    gain = (others.distance.double().log() - ours.distance.double().log())[both]
     draws = torch.randint(len(gain), (BOOTSTRAPS, len(gain)), generator=generator())
     spread = gain[draws].mean(1)
-    low, high = spread.quantile(0.025).item(), spread.quantile(0.975).item()
-    print(
-        f"  map: {gain.mean().item():+.4f} [{low:+.4f}, {high:+.4f}] at {steps} evaluations, {cost} of them the map's"
-    )
-    return {"gain": gain.mean().item(), "low": low, "high": high, "evaluations": steps, "map_evaluations": cost}
+    return {
+        "gain": gain.mean().item(),
+        "low": spread.quantile(0.025).item(),
+        "high": spread.quantile(0.975).item(),
+    }
+
+
+def _told(found: dict[str, float]) -> str:
+    return "{gain:+.4f} [{low:+.4f}, {high:+.4f}]".format(**found)
 
 
 def guide_of(subject: Subject) -> Guide:
-    """The path's map where a path was recorded, that of one more training step where none was."""
+    """The path's map, the whole path as one segment with one node; that of one more training step where none is known.
+
+    Built once for all inputs, at the cost of one walk along the path.
+    """
     path, groups = open_path(subject), class_groups(subject)
-    if path is None:
-        memory = tangent_memory(subject, groups)
-    else:
-        memory = build(path, subject, groups, SEGMENTS, NODES).merged(ROUTE)
+    memory = tangent_memory(subject, groups) if path is None else build(path, subject, groups, 1, 1)
     return Guide(differentiable_mass(memory, subject), groups.classes, 2 * memory.evaluations)
 
 
