@@ -129,6 +129,37 @@ def test_a_bearing_ranks_rivals_by_the_distance_of_their_plane(norm: Norm) -> No
     assert search.evaluations.tolist() == [1 + 4 * guide.evaluations] * len(problem)
 
 
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_a_bearing_weighs_the_slope_beside_the_margin(power: float) -> None:
+    problem = linear_problem("l2", at_bounds=False)
+    search = Search(problem)
+    clean = search.look(problem.inputs)
+    bearing = take_bearing(search, linear_guide(problem), clean, 4, generator(), power)
+    margin = clean.gather(1, problem.labels[:, None]) - clean.gather(1, bearing.rivals)
+    rate = margin / bearing.tip  # what it falls by per unit of distance
+    assert ((margin / rate**power).diff(dim=1) >= 0).all()
+    orders = {tuple(row) for row in margin.argsort(1).tolist()}
+    assert (len(orders) == 1) == (power == 0)  # the margin alone does not rank them as the others do
+
+
+def test_the_first_track_starts_beyond_the_boundary_that_the_map_predicts() -> None:
+    problem = linear_problem("l2", at_bounds=False)
+    asked: list[torch.Tensor] = []
+
+    def logits(inputs: torch.Tensor) -> torch.Tensor:
+        asked.append(inputs.detach().clone())
+        return problem.logits(inputs)
+
+    guide = linear_guide(problem)
+    seek_holes(replace(problem, logits=logits), guide, generator=generator(), traced=False)
+    search = Search(problem)
+    bearing = take_bearing(search, guide, search.look(problem.inputs), 5, generator(), power=0.5)
+    expected = bearing.start(problem, torch.zeros_like(problem.labels), share=1.5)
+    assert torch.equal(asked[0], problem.inputs)
+    torch.testing.assert_close(asked[1], expected)
+    assert not torch.equal(asked[1], problem.inputs)
+
+
 def test_a_bearing_points_at_its_rival() -> None:
     problem = linear_problem("l2", at_bounds=False)
     search = Search(problem)

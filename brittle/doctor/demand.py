@@ -172,7 +172,7 @@ class Demand:
         return inputs * passes * speed.gradient
 
     def _attacks(self, speed: Speed) -> float:
-        asked = 2 * min(candidates(self.preset), self.classes - 1) * min(self.effort.route, self.segments)
+        asked = 2 * min(candidates(self.preset), self.classes - 1)  # of the whole path as one segment
         return self.queries * (most_evaluations(self.preset) * speed.attack + asked * speed.guide)
 
     def _ledger(self, speed: Speed) -> float:

@@ -67,14 +67,13 @@ class Effort:
     tolerance: float  # of the shift's error, by which both are chosen
     half: bool  # keep the memory in half precision
     clusters: int  # groups of training examples in each class
-    route: int  # segments of the memory that the hole-seeking attack differentiates
     retrainings: int  # seeds of the retraining check
 
 
 PRESETS = {
-    "quick": Effort(segments=40, nodes=2, tolerance=0.2, half=False, clusters=3, route=4, retrainings=5),
-    "standard": Effort(segments=80, nodes=2, tolerance=0.1, half=False, clusters=3, route=8, retrainings=10),
-    "thorough": Effort(segments=160, nodes=2, tolerance=0.05, half=True, clusters=5, route=8, retrainings=20),
+    "quick": Effort(segments=40, nodes=2, tolerance=0.2, half=False, clusters=3, retrainings=5),
+    "standard": Effort(segments=80, nodes=2, tolerance=0.1, half=False, clusters=3, retrainings=10),
+    "thorough": Effort(segments=160, nodes=2, tolerance=0.05, half=True, clusters=5, retrainings=20),
 }
 
 

@@ -81,8 +81,11 @@ def run_suite(
     norms: Sequence[Norm] = NORMS,
     **asked: Any,
 ) -> list[AttackRows]:
-    """Attack the sealed queries that are right when clean, led by the map. asked: of `suite.run` besides."""
-    route = memory.by_class(c.groups, c.subject.classes).merged(c.effort.route)
+    """Attack the sealed queries that are right when clean, led by the map of the whole path as one segment.
+
+    asked: of `suite.run` besides.
+    """
+    route = memory.by_class(c.groups, c.subject.classes).merged(1)
     rows = suite.run(
         c.subject,
         c.split.sealed[c.split.sealed.right],
