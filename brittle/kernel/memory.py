@@ -78,7 +78,8 @@ class Memory:
     def merged(self, segments: int, nodes: int = 1) -> Memory:
         """The same memory in fewer, longer segments: cheaper, less exact."""
         cuts = torch.linspace(0, self.segments, min(segments, self.segments) + 1).round().long().tolist()
-        sums = [self.displacements[a:b].sum(0) for a, b in pairwise(cuts)]
+        wide = torch.promote_types(self.displacements.dtype, torch.float32)  # groups cancel: no sums in half precision
+        sums = [self.displacements[a:b].sum(0, dtype=wide) for a, b in pairwise(cuts)]
         return Memory(self.ends[cuts], torch.stack(sums), nodes)
 
 

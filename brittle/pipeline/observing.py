@@ -85,7 +85,7 @@ def run_suite(
 
     asked: of `suite.run` besides.
     """
-    route = memory.by_class(c.groups, c.subject.classes).merged(1)
+    route = memory.merged(1).by_class(c.groups, c.subject.classes)
     rows = suite.run(
         c.subject,
         c.split.sealed[c.split.sealed.right],
