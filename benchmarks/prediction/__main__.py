@@ -1,0 +1,102 @@
+"""Predicted failures, put to the test.   python -m benchmarks.prediction [--quick] [--only PART ...] [--cache DIR]
+
+    natural   errors on clean images, on three data sets              natural, natural_wins, incremental_wins
+    probes    errors under seven families of small changes            probes, probe_wins
+    radius    the minimal adversarial distance                        radius_standard, radius_robust, radius_wins
+    planted   regions with known members                              planted.found, planted.false_findings
+
+Everything that is fitted is fitted on calibration images; the labels of the sealed ones are given out once a run, after
+predictions are fixed. `benchmarks/prediction.md` has the record, with what was tried and did not help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.bars import missed, shown
+from benchmarks.prediction import natural, planted, probes
+from benchmarks.prediction.known import known
+from benchmarks.prediction.networks import FULL, QUICK, SETS, Networks, Size, networks
+from benchmarks.prediction.probed import families, probed
+from benchmarks.prediction.scores import scores
+from brittle.examples.fashion_mnist import ROOT
+from brittle.pipeline.opening import digest_of
+
+PARTS = ("natural", "probes", "radius", "planted")
+AT_LEAST = {"natural_wins": 3, "incremental_wins": 2, "probe_wins": 2}
+
+
+def images(size: Size, root: Path, cache: Path, parts: Sequence[str]) -> dict[str, Any]:
+    """Natural errors and errors under probes, data set by data set."""
+    found: dict[str, Any] = {part: {} for part in parts}
+    for of in SETS:
+        folder = cache / of.name
+        nets = networks(of, size, root, folder)
+        facts = [known(s, folder / f"seed{k}") for k, s in enumerate(nets.subjects)]
+        tables = [scores(fact, nets.logits) for fact in facts]
+        said, under = [], []
+        if "natural" in parts:
+            said = [natural.predicted(nets, k, table) for k, table in enumerate(tables)]
+        if "probes" in parts:
+            rows, labels = _probed_rows(nets, size.probed)
+            for k, (subject, fact, table) in enumerate(zip(nets.subjects, facts, tables, strict=True)):
+                seen = probed(subject, rows, folder / f"seed{k}")
+                under.append(probes.predicted(table, fact, seen, rows, labels))
+        labels = nets.envelope.open(digest_of([said, under]))
+        if said:
+            found["natural"][of.name] = natural.judged(said, labels, size.resamples)
+            print(natural.shown(of.name, found["natural"][of.name]), flush=True)
+        if under:
+            names = [family.name for family in families(nets.subjects[0])]
+            found["probes"][of.name] = probes.judged(under, labels[: size.probed], names, size.resamples)
+            print(probes.shown(of.name, found["probes"][of.name]), flush=True)
+    return found
+
+
+def _probed_rows(nets: Networks, count: int) -> tuple[Tensor, Tensor]:
+    """The first so many of the calibration part and of the sealed part, and the labels of the former."""
+    rows = torch.cat([torch.arange(len(nets.logits[0]))[part][:count] for part in (nets.calibration, nets.sealed)])
+    return rows, nets.subjects[0].test.targets[:count]
+
+
+def run(size: Size, root: Path, cache: Path, quick: bool, parts: Sequence[str]) -> dict[str, Any]:
+    """The parts that are asked for, one after the other."""
+    found = images(size, root, cache, [p for p in parts if p in ("natural", "probes")])
+    if "natural" in parts:
+        each = found["natural"].values()
+        found["natural_wins"] = sum(row["natural_win"] for row in each)
+        found["incremental_wins"] = sum(row["incremental_win"] for row in each)
+    if "probes" in parts:
+        found["probe_wins"] = sum(row["probe_win"] for row in found["probes"].values())
+    if "planted" in parts:
+        found["planted"] = planted.run(root, cache / "planted", quick)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a table, then one line of JSON. Exit status 1 where a bar is missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.prediction")
+    parser.add_argument("--quick", action="store_true", help="a few hundred images of each data set; says nothing")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of the parts")
+    parser.add_argument("--cache", type=Path, default=Path("runs/.benchmarks/prediction"))
+    asked = parser.parse_args(arguments)
+    if not os.environ.get(ROOT):
+        print(f"{ROOT} must name the folder that holds MNIST/, FashionMNIST/ and cifar10/", file=sys.stderr)
+        return 2
+    result = run(QUICK if asked.quick else FULL, Path(os.environ[ROOT]), asked.cache, asked.quick, asked.only)
+    result["missed"] = [] if asked.quick else missed(result, {}, AT_LEAST)
+    print(json.dumps(result))
+    return 1 if result["missed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
