@@ -326,6 +326,12 @@ class ScoreResult(Record):
         default=NOTHING,
         description="share of inputs kept and failing, mean over coverage; lower is better; orders as AUROC does",
     )
+    spearman_given_margin: Estimate = Field(
+        default=NOTHING, description="partial rank correlation, the logit margin's ranks held fixed"
+    )
+    auroc_confident_half: Estimate = Field(
+        default=NOTHING, description="AUROC among the half of the inputs of highest softmax confidence"
+    )
     gain: Estimate | None = Field(
         default=None, description="deciding figure minus the best baseline's, paired bootstrap; for our scores"
     )

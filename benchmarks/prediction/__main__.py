@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bars import missed, shown
+from benchmarks.bars import missed
 from benchmarks.prediction import natural, planted, probes
 from benchmarks.prediction.known import known
 from benchmarks.prediction.networks import FULL, QUICK, SETS, Networks, Size, networks
@@ -57,15 +57,16 @@ def images(size: Size, root: Path, cache: Path, parts: Sequence[str]) -> dict[st
             print(natural.shown(of.name, found["natural"][of.name]), flush=True)
         if under:
             names = [family.name for family in families(nets.subjects[0])]
-            found["probes"][of.name] = probes.judged(under, labels[: size.probed], names, size.resamples)
+            found["probes"][of.name] = probes.judged(under, labels[: size.probed[1]], names, size.resamples)
             print(probes.shown(of.name, found["probes"][of.name]), flush=True)
     return found
 
 
-def _probed_rows(nets: Networks, count: int) -> tuple[Tensor, Tensor]:
+def _probed_rows(nets: Networks, counts: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The first so many of the calibration part and of the sealed part, and the labels of the former."""
-    rows = torch.cat([torch.arange(len(nets.logits[0]))[part][:count] for part in (nets.calibration, nets.sealed)])
-    return rows, nets.subjects[0].test.targets[:count]
+    every, parts = torch.arange(len(nets.logits[0])), (nets.calibration, nets.sealed)
+    rows = torch.cat([every[part][:count] for part, count in zip(parts, counts, strict=True)])
+    return rows, nets.subjects[0].test.targets[: counts[0]]
 
 
 def run(size: Size, root: Path, cache: Path, quick: bool, parts: Sequence[str]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from brittle.agreement.metrics import Resampled, auroc, bootstrap, resample_weights, spearman
+from brittle.agreement.conditional import partial_spearman
+from brittle.agreement.metrics import Resampled, auroc, bootstrap, resample_weights
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,9 @@ class Sealed:
         return Ranked(found, accuracies)
 
     def partial(self, scores: Sequence[Tensor], given: Sequence[Tensor]) -> Resampled:
-        """Spearman of a score and failure where the ranks of another score are held fixed."""
-        found = []
-        for score, other, failed, rows in zip(scores, given, self.failed, self.counts, strict=True):
-            x, z, y, w = score[rows], other[rows].double(), failed[rows].double(), self.weights[rows]
-            xy, zy, xz = (bootstrap(spearman, a, b, w) for a, b in ((x, y), (z, y), (x, z)))
-            held = lambda xy, zy, xz: (xy - zy * xz) / ((1 - zy**2) * (1 - xz**2)) ** 0.5  # noqa: E731
-            found.append(Resampled(held(xy.value, zy.value, xz.value), held(xy.resamples, zy.resamples, xz.resamples)))
-        return mean(found)
+        """Spearman of a score and failure where another score is held fixed."""
+        each = zip(scores, given, self.failed, self.counts, strict=True)
+        return mean([partial_spearman(x[c], y[c].double(), z[c], self.weights[c]) for x, z, y, c in each])
 
 
 def mean(figures: Sequence[Resampled]) -> Resampled:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.prediction.figures import Sealed, resampled
-from benchmarks.prediction.models import KINDS, Table, rates
 from benchmarks.prediction.networks import Networks
 from benchmarks.prediction.scores import Scores
 from brittle.agreement.calibration import reliability
 from brittle.agreement.metrics import Resampled, holm
+from brittle.agreement.models import KINDS, Table, rates
 
 SETS = ("baselines", "ours", "all")
 MARGIN, CONFIDENCE = "logit margin", "softmax confidence"
@@ -140,4 +140,6 @@ def shown(name: str, found: Mapping[str, Any]) -> str:
 
 def interval(estimate: Mapping[str, Any], sign: str = "") -> str:
     """A figure with its interval, in text."""
+    if estimate["value"] is None:
+        return "not defined"
     return " ".join(f"{estimate[key]:{sign}.4f}" for key in ("value", "low", "high"))

@@ -60,12 +60,12 @@ class Size:
     calibration: int
     sealed: int
     seeds: int  # networks audited, of `ENSEMBLE`
-    probed: int  # images of each of the two parts that are probed
+    probed: tuple[int, int]  # images of the calibration and of the sealed part that are probed
     resamples: int = 1000
 
 
-FULL = Size(train=10_000, epochs=20, calibration=8_000, sealed=12_000, seeds=3, probed=4_000)
-QUICK = Size(train=500, epochs=4, calibration=400, sealed=400, seeds=2, probed=200, resamples=100)
+FULL = Size(train=10_000, epochs=20, calibration=6_000, sealed=10_000, seeds=3, probed=(2_000, 3_000))
+QUICK = Size(train=500, epochs=4, calibration=400, sealed=400, seeds=2, probed=(200, 200), resamples=100)
 
 
 class Envelope:

@@ -8,6 +8,7 @@ leads under the same family at the full severity: for that no image that is pred
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from benchmarks.prediction.figures import Ranked, Sealed, mean, resampled
 from benchmarks.prediction.known import Known
-from benchmarks.prediction.models import KINDS, Table, rates
+from benchmarks.prediction.natural import above_zero, interval
 from benchmarks.prediction.probed import SEEN, SHARES, Probed
 from benchmarks.prediction.scores import TINY, Scores, doubt, lead
 from brittle.agreement.metrics import auroc
+from brittle.agreement.models import KINDS, Table, rates
 
 SIDES = ("baselines", "all")
 
@@ -115,13 +117,14 @@ def judged(parts: Sequence[Predicted], labels: Tensor, families: Sequence[str], 
                     "gain": gains["both"][-1].estimate.model_dump(),
                 }
             )
-    over_families = {kind: mean(found).estimate.model_dump() for kind, found in gains.items()}
+    told = [k for k, found in enumerate(gains["both"]) if math.isfinite(found.value)]  # something failed everywhere
+    over_families = {kind: mean([found[k] for k in told]).estimate.model_dump() for kind, found in gains.items()}
     return {
         "images": right.sum(1).tolist(),
         "families": rows,
         "gain": over_families,
         "scores": {name: _mean_auroc(parts, name, right) for name in parts[0].single},
-        "probe_win": over_families["both"]["low"] > 0,
+        "probe_win": above_zero(over_families["both"]),
     }
 
 
@@ -129,13 +132,12 @@ def shown(name: str, found: Mapping[str, Any]) -> str:
     """A table for reading."""
     lines = [f"{name} under probes, {found['images']} sealed images that are right, by network"]
     for row in found["families"]:
-        gain = " ".join(f"{row['gain'][key]:+.4f}" for key in ("value", "low", "high"))
         lines.append(
             f"  {row['family']:14s}{row['share']:4.1f}  failures {row['failures']!s:20s}baselines "
-            f"{row['baselines both']:.4f}  all {row['all both']:.4f}  gain {gain}"
+            f"{row['baselines both']:.4f}  all {row['all both']:.4f}  gain {interval(row['gain'], '+')}"
         )
     for kind, gain in found["gain"].items():
-        lines.append(f" mean gain, {kind}: " + " ".join(f"{gain[key]:+.4f}" for key in ("value", "low", "high")))
+        lines.append(f" mean gain, {kind}: {interval(gain, '+')}")
     ranked = sorted(found["scores"].items(), key=lambda item: -item[1])
     return "\n".join(lines + [f"  {name:48s}{value:.4f}" for name, value in ranked])
 

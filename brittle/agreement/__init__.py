@@ -1,6 +1,7 @@
 """Agreement: predicted failures held against observed ones, beside what a user would compute anyway.
 
 metrics      how well scores rank and part failures, with paired, stratified intervals; Holm, Wilson
+conditional  what a score says beyond margin and confidence
 baselines    what outputs, input gradients and neighbours in the training data say by themselves
 meanings     a sentence for every score
 calibration  predicted failure rates held against observed ones

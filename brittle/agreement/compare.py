@@ -16,6 +16,7 @@ import torch
 from scipy.stats import binom
 from torch import Tensor
 
+from brittle.agreement.conditional import confident_half, partial_spearman
 from brittle.agreement.meanings import MEANINGS
 from brittle.agreement.metrics import (
     Metric,
@@ -47,6 +48,9 @@ SEPARATING: Mapping[str, Metric] = {
 
 RANKING: Mapping[str, Metric] = {"spearman": spearman, "kendall": kendall}
 """Figures of how a score follows the distance or severity."""
+
+MARGIN, CONFIDENCE = "logit margin", "softmax confidence"
+"""Baselines beyond which a score may say something."""
 
 By = Literal["auroc", "spearman"]
 
@@ -83,7 +87,10 @@ def compare(
     _check(scores, ours, named, failed, severity)
     observed = failed.double() if severity is None else -severity.double()
     weights = resample_weights(failed, resamples, generator)  # shape: (M, resamples)
-    figures = {score: _figures(values, failed, observed, weights) for score, values in scores.items()}
+    figures = {
+        score: _figures(values, failed, observed, weights) | _beyond(values, scores, failed, observed, weights)
+        for score, values in scores.items()
+    }
     deciding = {score: figure[by] for score, figure in figures.items()}
     best_baseline = _best(deciding, [score for score in scores if score not in ours])
     gains = {score: deciding[score] - deciding[best_baseline] for score in ours}
@@ -168,6 +175,18 @@ def _figures(values: Tensor, failed: Tensor, observed: Tensor, weights: Tensor) 
         name: bootstrap(metric, values, failed, weights) if split else UNDEFINED for name, metric in SEPARATING.items()
     }
     return separating | {name: bootstrap(metric, values, observed, weights) for name, metric in RANKING.items()}
+
+
+def _beyond(
+    values: Tensor, scores: Mapping[str, Tensor], failed: Tensor, observed: Tensor, weights: Tensor
+) -> dict[str, Resampled]:
+    """What a score says beyond margin and confidence, where these are among the scores."""
+    found = {}
+    if MARGIN in scores:
+        found["spearman_given_margin"] = partial_spearman(values, observed, scores[MARGIN], weights)
+    if CONFIDENCE in scores:
+        found["auroc_confident_half"] = confident_half(values, failed, scores[CONFIDENCE], weights)
+    return found
 
 
 def _result(name: str, figures: Mapping[str, Resampled], tested: Mapping[str, Any] | None) -> ScoreResult:

@@ -31,6 +31,8 @@ FIGURES = {
     "augrc": ("AUGRC", "share of inputs kept and failing, mean over coverage; lower is better"),
     "spearman": ("Spearman", "rank correlation with the observed distance or severity, or with the error"),
     "kendall": ("Kendall", "tau-b, with the same"),
+    "spearman_given_margin": ("Spearman given the margin", "the same where the logit margin's ranks are held fixed"),
+    "auroc_confident_half": ("AUROC of the sure half", "among the half of the inputs of highest softmax confidence"),
 }
 """Every figure of a score, and what it says; which of them decides depends on the kind of failure."""
 

@@ -1,8 +1,14 @@
-"""Models of failure from many scores, all of them fitted on the calibration part alone.
+"""Models of failure from many scores at once: what several say together, and what some add to the others.
 
-logistic    every score to normal quantiles, the predicted and the rival class as they are; L2 penalty
-boosted     shallow trees on the scores as they are, many and small
-both        the mean of the two probabilities: the predictor
+    logistic    every score by the normal quantile of its rank, classes by indicators; L2 penalty
+    boosted     many small shallow trees on the scores as they are
+
+Both are fitted to the log loss of known failures and so predict rates. A score is worth something beside others where
+the models with it rank the failures of other inputs better than those without it: the models of both kinds, since
+what the one makes of a score that the other cannot may be no more than shape.
+
+Sources: Greedy Function Approximation: A Gradient Boosting Machine, J. Friedman, 2001, doi 10.1214/aos/1013203451;
+Regression Modeling Strategies, F. Harrell, 2015, chapter 10.
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ from torch import Tensor
 Kind = Literal["logistic", "boosted"]
 KINDS: tuple[Kind, ...] = ("logistic", "boosted")
 
-PENALTY, TREES = 0.03, 150
+PENALTY, QUANTILES, TREES = 0.03, 300, 150
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,9 @@ class Table:
 
     scores: Mapping[str, Tensor]
     failed: Tensor  # shape: (M,) bool
+
+    def __len__(self) -> int:
+        return len(self.failed)
 
     def __getitem__(self, rows: Tensor | slice) -> Table:
         return Table({name: score[rows] for name, score in self.scores.items()}, self.failed[rows])
@@ -52,15 +61,17 @@ class Table:
 
 
 def rates(kind: Kind, known: Table, asked: Table, seed: int = 0) -> Tensor:
-    """Failure rates of `asked` by a model fitted on `known`: (M,) float64."""
+    """Failure rates of `asked` by a model fitted on `known`: (M,) float64; one rate where all or none failed there."""
+    if known.failed.all() or not known.failed.any():
+        return torch.full((len(asked),), (known.failed.sum().item() + 0.5) / (len(known) + 1), dtype=torch.float64)
     (x, classes), (at, _) = known.columns(), asked.columns()
-    model = _logistic(classes, x.shape[1]) if kind == "logistic" else _boosted(classes, seed)
+    model = _logistic(classes, *x.shape) if kind == "logistic" else _boosted(classes, seed)
     return torch.from_numpy(model.fit(x, known.failed.numpy()).predict_proba(at)[:, 1])
 
 
-def _logistic(classes: list[int], width: int) -> Any:
+def _logistic(classes: list[int], count: int, width: int) -> Any:
     numbers = [k for k in range(width) if k not in classes]
-    normal = QuantileTransformer(n_quantiles=300, output_distribution="normal", random_state=0)
+    normal = QuantileTransformer(n_quantiles=min(QUANTILES, count), output_distribution="normal", random_state=0)
     columns = make_column_transformer(
         (make_pipeline(normal, StandardScaler()), numbers), (OneHotEncoder(handle_unknown="ignore"), classes)
     )
