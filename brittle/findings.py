@@ -367,6 +367,18 @@ class Calibration(Record):
     sentence: str
 
 
+class Increment(Record):
+    """What our scores add to all baselines together, in models fitted on the predicting part; by kind of model."""
+
+    fitted_inputs: int
+    fitted_failures: int
+    baselines: dict[str, Estimate] = Field(description="AUROC of the baselines together, with what costs nothing")
+    together: dict[str, Estimate] = Field(description="AUROC of the baselines and ours together")
+    gain: dict[str, Estimate] = Field(description="the difference, paired bootstrap")
+    verdict: Verdict = Field(description="pass: the gain's interval lies above 0 for every kind of model; fail: below")
+    sentence: str
+
+
 class TargetAgreement(Record):
     """Predicted against observed for one kind of failure; kinds are never pooled."""
 
@@ -386,6 +398,7 @@ class TargetAgreement(Record):
     verdict: Verdict = Field(description="pass: the gain's interval lies above 0; fail: below 0")
     sentence: str
     calibration: Calibration | None = Field(default=None, description="of predicted rates; None for distances")
+    increment: Increment | None = Field(default=None, description="over all baselines together; for natural errors")
 
 
 class SealedPart(Record):

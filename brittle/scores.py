@@ -1,5 +1,7 @@
 """What the path says of brittleness: one number an input, higher means brittler.
 
+kernel machine the predicted class's lead over the best other one in a ridge regression of the training labels in the
+               network's own path kernel (`kernel.machine`): little where the data, seen by that kernel, say otherwise
 late path      the predicted class's lead over the best other one in log probability, with probabilities averaged
                over the later half of training: predictions that were settled late, or kept changing, are weak;
                under a probe family, that lead carried on in a straight line to the reference severity
@@ -14,9 +16,13 @@ network's own line, which stands beside it as a baseline.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from brittle.kernel.machine import Machine, principal
 from brittle.kernel.quadrature import blocks
 from brittle.mass import support
 from brittle.path.flat import FlatModel
@@ -26,6 +32,10 @@ from brittle.shift import gone_at
 from brittle.subject import Subject
 
 LATE_STATES = 16
+EARLY = 0.3
+"""Of the path: where the kernel machine looks, beside its end."""
+
+TAUGHT = 10_000
 FORWARD_BLOCK = 1024
 
 
@@ -47,6 +57,35 @@ def late_probabilities(path: Path, subject: Subject, inputs: Tensor, device: str
             logits = subject.class_logits(model, inputs[rows].to(flat.state))
             mean[rows] += logits.softmax(1).double().cpu() / len(chosen)
     return mean
+
+
+def machine_opinions(
+    subject: Subject, states: Sequence[Tensor], generator: torch.Generator, device: str = "cpu"
+) -> Callable[[Tensor], Tensor]:
+    """What the kernel machine says of classes, as a function from inputs (M, *input) to (M, C), float64.
+
+    It is taught with at most `TAUGHT` training examples, drawn. states: of the path, the last among them.
+    Cost: a gradient pass an input and state, and `LANDMARKS` products of row gradients.
+    """
+    machine = Machine(subject, states, generator, device=device)
+    others = torch.randperm(len(subject.train), generator=generator)
+    others = others[~torch.isin(others, machine.landmarks)][: max(0, TAUGHT - len(machine.landmarks))]
+    part = subject.train[torch.cat([machine.landmarks, others])]
+    labels = F.one_hot(part.targets, subject.classes).double()
+    own = machine.kernel(part.inputs)
+    axes = principal(own, torch.arange(len(machine.landmarks)))
+    learned = axes.regression(axes.places(own), labels)
+    return lambda inputs: axes.places(machine.kernel(inputs)) @ learned + labels.mean(0)
+
+
+def machine_states(path: Path) -> list[Tensor]:
+    """Where the kernel machine looks at a path: early, where it is still wide, and at the audited weights."""
+    return [path.snapshot(path.marks[round(EARLY * (len(path.marks) - 1))]).state, path.final()]
+
+
+def machine_lead(opinions: Tensor, pairs: Pairs) -> Tensor:
+    """Minus the predicted class's lead in the machine's opinion. (M, C) -> (M,)."""
+    return -pairs.lead(opinions)
 
 
 def late_path(probabilities: Tensor, pairs: Pairs) -> Tensor:

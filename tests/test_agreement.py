@@ -659,6 +659,7 @@ class TestOverall:
         torch.manual_seed(0)
         subject = subject_of(nn.Linear(6, 4), 6, 4)
         ours = {
+            "kernel machine",
             "late path",
             "late path at the reference",
             "lack of support",

@@ -118,7 +118,7 @@ def drawn(name: str, root: Path) -> tuple[Tensor, Tensor, int]:
     draws, count = torch.Generator().manual_seed(0), 900
     labels = torch.randint(10, (count,), generator=draws)
     images = 120 * torch.rand(count, 1, 28, 28, generator=draws)
-    images[torch.arange(count), 0, 2 * labels + 5] += 40
+    images[torch.arange(count), 0, 2 * labels + 5] += 110
     return images.to(torch.uint8), labels, 800
 
 

@@ -18,8 +18,8 @@ from brittle.kernel.directional import Directional
 from brittle.kernel.machine import Machine, principal
 from brittle.kernel.memory import Memory, build
 from brittle.path.flat import FlatModel
-from brittle.path.replay import Path as TrainingPath
 from brittle.records import Groups, Queries
+from brittle.scores import machine_states
 from brittle.settings import digest
 from brittle.shards import read_arrays, read_notes, whole, write_arrays
 from brittle.split import queries_at
@@ -27,9 +27,6 @@ from brittle.subject import Subject
 
 STATES, SEGMENTS = 25, 8
 """States along the path at which outputs are looked at; segments of the memory, with one node each."""
-
-EARLY = 0.3
-"""Of the path: the state at which the kernel machine looks, beside the last."""
 
 FLOORS = (1e-5, 1e-4)
 HARD = 5
@@ -63,7 +60,7 @@ def known(subject: Subject, folder: Path) -> Known:
         write_arrays(file, _computed(subject), notes)
     arrays = read_arrays(file)
     own = {f.name: arrays.pop(f.name) for f in fields(Known) if f.name != "baselines"}
-    return Known(**own, baselines=arrays)
+    return Known(**own, baselines=dict(sorted(arrays.items())))  # a file has no order
 
 
 def _computed(subject: Subject) -> dict[str, Tensor]:
@@ -117,11 +114,6 @@ def mass_by_segment(memory: Memory, subject: Subject, queries: Queries) -> Tenso
         for t, (low, high, moved) in enumerate(memory.pieces()):
             found[rows, t] = carried(low, high, moved[:groups]) / memory.nodes
     return found
-
-
-def machine_states(path: TrainingPath) -> list[Tensor]:
-    """Where the kernel machine looks: early in the path, and at its end."""
-    return [path.snapshot(path.marks[round(at * (len(path.marks) - 1))]).state for at in (EARLY, 1.0)]
 
 
 def evenly(marks: list[int], count: int) -> list[int]:

@@ -113,7 +113,7 @@ def judged(parts: Sequence[Predicted], labels: Tensor, families: Sequence[str], 
                     "family": family,
                     "share": share,
                     "failures": (sealed.failed & right).sum(1).tolist(),
-                    **{n: ranked[n].auroc.value for n in ("baselines both", "all both")},
+                    **{n: ranked[n].auroc.estimate.model_dump() for n in ("baselines both", "all both")},
                     "gain": gains["both"][-1].estimate.model_dump(),
                 }
             )
@@ -134,7 +134,7 @@ def shown(name: str, found: Mapping[str, Any]) -> str:
     for row in found["families"]:
         lines.append(
             f"  {row['family']:14s}{row['share']:4.1f}  failures {row['failures']!s:20s}baselines "
-            f"{row['baselines both']:.4f}  all {row['all both']:.4f}  gain {interval(row['gain'], '+')}"
+            f"{interval(row['baselines both'])}  all {interval(row['all both'])}  gain {interval(row['gain'], '+')}"
         )
     for kind, gain in found["gain"].items():
         lines.append(f" mean gain, {kind}: {interval(gain, '+')}")

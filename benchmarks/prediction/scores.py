@@ -116,11 +116,22 @@ def machine_scores(known: Known, classes: Tensor) -> dict[str, Tensor]:
         found[f"kernel machine, {how}"] = -lead(said, predicted)
         found[f"kernel machine's own class, {how}"] = -said.gather(1, predicted[:, None])[:, 0]
         found[f"novelty in the kernel, {how}"] = known.novelty[:, k].double().clamp_min(TINY).log()
+    together = (known.logits.double().softmax(1) + matched(known.opinions[:, 0].double(), known.logits.double())) / 2
     return found | {
+        "doubt of network and kernel machine together": doubt(together, predicted),
         "kernel machine by class": known.opinions[:, -1].double(),
         "kernel machine at the three classes": known.opinions[:, -1].double().gather(1, classes),
         "hardness of its like": -known.hardness.double(),
     }
+
+
+def matched(opinions: Tensor, logits: Tensor) -> Tensor:
+    """The kernel machine's opinions as probabilities, on average as sure of themselves as the network: (M, C)."""
+    sure, low, high = logits.softmax(1).amax(1).mean(), 0.0, 1e3
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (middle * opinions).softmax(1).amax(1).mean() < sure else (low, middle)
+    return (middle * opinions).softmax(1)
 
 
 def evenly_spaced(first: int, last: int, count: int) -> Tensor:

@@ -3,6 +3,8 @@
 metrics      how well scores rank and part failures, with paired, stratified intervals; Holm, Wilson
 conditional  what a score says beyond margin and confidence
 baselines    what outputs, input gradients and neighbours in the training data say by themselves
+models       logistic and boosted models of failure from many scores
+increment    what ours add to all baselines together
 meanings     a sentence for every score
 calibration  predicted failure rates held against observed ones
 rates        calibrated failure rates

@@ -2,7 +2,7 @@
 
 Of our scores one is named for each kind before outcomes are seen, and only that one decides:
 
-    natural errors   late path (without a path: lack of support)
+    natural errors   kernel machine
     a probe family   late path at the reference (without a path: predicted severity)
     a distance       predicted severity along the margin's gradient
 
@@ -13,13 +13,14 @@ and the outcomes of one kind on the same inputs; `settle` compares them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from brittle.agreement.calibration import reliability
 from brittle.agreement.compare import By, compare
+from brittle.agreement.increment import Together, increment
 from brittle.findings import FailureKind, TargetAgreement
 from brittle.holes import Region
 from brittle.natural_holes import NaturalMap
@@ -55,6 +56,7 @@ class Predicted:
     plain: dict[str, Tensor]  # baselines, (W,)
     extrapolated: Tensor  # the baseline that looks at probes, (M, F)
     by_norm: dict[str, dict[str, Tensor]]  # baselines in other norms, (M,)
+    together: Together  # models of natural errors, of W inputs
     rates: dict[str, Rates]  # by name of the kind: of W natural errors, of M inputs under each family
     holes: list[Region]  # from the predicting queries
     natural_holes: NaturalMap  # from the same, of W inputs
@@ -80,10 +82,11 @@ class Contest:
     failed: Tensor  # shape: (M,) bool
     severity: Tensor | None = None  # shape: (M,), infinite where an input never failed
     rates: Rates | None = None  # of the named score
+    together: Together | None = None
 
 
 def settle(contest: Contest, generator: torch.Generator, resamples: int = 1000) -> TargetAgreement:
-    """Hold the scores against the outcomes, and the rates."""
+    """Hold the scores against the outcomes, alone and together, and the rates."""
     target = compare(
         contest.kind,
         contest.name,
@@ -96,6 +99,9 @@ def settle(contest: Contest, generator: torch.Generator, resamples: int = 1000) 
         resamples,
         contest.by,
     )
+    if contest.together is not None and len(contest.failed):
+        gained = increment(contest.together, contest.failed, generator, resamples)
+        target = target.model_copy(update={"increment": gained})
     rates = contest.rates
     if rates is None or not len(contest.failed):
         return target
@@ -107,7 +113,8 @@ def settle(contest: Contest, generator: torch.Generator, resamples: int = 1000) 
 def natural_errors(predicted: Predicted, wrong: Tensor) -> Contest:
     """Errors on the inputs as they are. wrong: (W,) bool."""
     rates = predicted.rates[NATURAL]
-    return _contest("natural", NATURAL, "auroc", predicted.natural, predicted.plain, wrong, rates=rates)
+    alone = _contest("natural", NATURAL, "auroc", predicted.natural, predicted.plain, wrong, rates=rates)
+    return replace(alone, together=predicted.together)
 
 
 def probe_failures(predicted: Predicted, families: Sequence[Family], right: Tensor, severity: Tensor) -> list[Contest]:

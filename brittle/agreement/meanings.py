@@ -7,6 +7,8 @@ MEANINGS = {
     "settled late or kept changing.",
     "late path at the reference": "The late path's lead at a small probe, carried on in a straight line to the "
     "severity at which failures are counted, is small or gone.",
+    "kernel machine": "The training labels, carried to the input by the network's own path kernel with all its "
+    "directions weighed alike, speak for another class, or hardly for this one.",
     "lack of support": "The training examples that hold the prediction up are nearly cancelled by those against it.",
     "predicted severity": "A small probe takes so much of the margin that a straight line has it gone early.",
     "predicted distance": "A small step against the margin takes so much of it that it will be gone nearby.",

@@ -20,6 +20,7 @@ from brittle.doctor.check import Visit
 from brittle.doctor.gradients import FIRST
 from brittle.doctor.speed import NEIGHBOURS, Speed
 from brittle.flips import BY_ATTACK, BY_PROBE
+from brittle.kernel.machine import LANDMARKS
 from brittle.kernel.sweep import Quadrature
 from brittle.kernel.units import BUDGET, bytes_each
 from brittle.mass import labelled_groups
@@ -29,7 +30,7 @@ from brittle.path.flat import layout
 from brittle.path.recipe import OBSERVED
 from brittle.pipeline.context import Effort
 from brittle.probes import MAP_SHARES, families_for
-from brittle.scores import LATE_STATES
+from brittle.scores import LATE_STATES, TAUGHT
 from brittle.split import MOST_NATURAL
 from brittle.suggest.plan import DIMENSIONS, MOST_COVERED
 
@@ -42,6 +43,9 @@ CLUSTER = 10
 
 PASSES = {"advance": 6, "pull back": 4, "bootstrap": 1_500_000}
 """Times that a number is touched: of a group's buffer in a step, of a query's, and of an input in a comparison."""
+
+FACTORED = 0.1
+"""Multiplications that an inner product of two gradients takes in factors, over the number of weights."""
 
 WRITING = 8.0
 """Seconds for loading, clusters, figures and tables, about."""
@@ -193,9 +197,16 @@ class Demand:
             self.natural * self.evaluations * speed.gradient
             + late * speed.forward
             + slopes * speed.attack
+            + self._machine(speed)
             + 2 * speed.neighbours * max(1.0, self.train / NEIGHBOURS) ** 2
             + compared * PASSES["bootstrap"] * speed.touch
         )
+
+    def _machine(self, speed: Speed) -> float:
+        """The kernel machine: gradients of what it is taught with and asked, and their products with its landmarks."""
+        looked = min(TAUGHT, self.train) + self.natural + self.queries
+        products = min(LANDMARKS, self.train) * self.state * FACTORED * speed.multiply
+        return (2 if self.known.steps else 1) * looked * (speed.gradient + products)
 
     def _suggestions(self, speed: Speed) -> float:
         looked = min(self.pool, MOST_COVERED) + min(self.train, MOST_COVERED) + self.queries

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from brittle import accounts
 from brittle.agreement.contests import Contest, Predicted, Rates
+from brittle.agreement.increment import Together
 from brittle.attacks.perturbations import Severities
 from brittle.deterministic import deterministic
 from brittle.errors import UsageError
@@ -53,6 +54,7 @@ RECORDS = {
         Region,
         Severities,
         ShiftMap,
+        Together,
     )
 }
 NORMS: tuple[Norm, ...] = ("l2", "linf")

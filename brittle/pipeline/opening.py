@@ -11,7 +11,7 @@ from brittle.findings import SealedPart
 from brittle.packing import pack
 from brittle.pipeline.context import Context
 
-FIXED = ("scores", "baselines", "calibrated rates", "holes")
+FIXED = ("scores", "baselines", "models of both", "calibrated rates", "holes")
 """What `Predicted` holds."""
 
 

@@ -6,20 +6,34 @@ queries, whose labels are in the open.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from brittle.agreement import baselines, calibrate, extrapolated_margin
 from brittle.agreement.baselines import gradient_passes, gradient_scores
 from brittle.agreement.contests import NATURAL, Predicted, Rates
+from brittle.agreement.increment import free_controls, together
 from brittle.holes import Region
 from brittle.kernel.memory import Memory, mass
 from brittle.natural_holes import ground, natural_holes, where
 from brittle.outcomes import Observed
+from brittle.path.flat import FlatModel
 from brittle.pipeline.context import Context
 from brittle.probes import MAP_SHARES
 from brittle.records import Progress, Queries, ShiftMap
-from brittle.scores import lack_of_support, late_path, late_path_at_reference, late_probabilities, severity_scores
+from brittle.scores import (
+    TAUGHT,
+    lack_of_support,
+    late_path,
+    late_path_at_reference,
+    late_probabilities,
+    machine_lead,
+    machine_opinions,
+    machine_states,
+    severity_scores,
+)
 from brittle.shift import probe_inputs
 from brittle.stages import Spend
 
@@ -34,9 +48,14 @@ def predictions(c: Context, memory: Memory, shift: ShiftMap, observed: Observed,
     def compute(tick: Progress, spend: Spend) -> Predicted:
         masses = mass(memory, c.subject, natural.inputs, natural.pairs, c.device, tick)[:, : len(c.groups)]
         spend(len(natural) * memory.evaluations)
-        ours, learned = natural_scores(c, natural, masses), natural_scores(c, predict, shift[:first].mass)
+        opinions = taught_machine(c, spend)
+        spend(len(natural) + len(predict))
+        ours, free = natural_scores(c, natural, masses, opinions)
+        learned, known_free = natural_scores(c, predict, shift[:first].mass, opinions)
         under = probe_scores(c, shift)  # shape of each: (first + M, F)
         plain, steep = plain_scores(c, memory, spend)
+        known_plain = baselines(c.subject, predict, passes=memory.evaluations)
+        spend(gradient_passes(c.subject, memory.evaluations) * len(predict))
         named, clean = next(iter(under.values())), predict.right
         failed = observed[:first].failed(predict.targets)[clean]  # shape: (right ones, F)
         rates = {NATURAL: _rates(next(iter(learned.values())), ~clean, next(iter(ours.values())))}
@@ -53,6 +72,7 @@ def predictions(c: Context, memory: Memory, shift: ShiftMap, observed: Observed,
             plain=plain,
             extrapolated=extrapolated_margin(sealed),
             by_norm={"linf": steep},
+            together=together((known_plain | known_free, learned), ~clean, (plain | free, ours)),
             rates=rates,
             holes=holes,
             natural_holes=where(natural_holes(on), on, masses, natural.pairs.predicted),
@@ -61,13 +81,25 @@ def predictions(c: Context, memory: Memory, shift: ShiftMap, observed: Observed,
     return c.stages("predictions", "fixing what is predicted", compute)
 
 
-def natural_scores(c: Context, queries: Queries, masses: Tensor) -> dict[str, Tensor]:
-    """Our scores of natural errors, the named one first. masses: (M, G)."""
-    support = {"lack of support": lack_of_support(masses, c.groups, c.subject.classes)}
+def taught_machine(c: Context, spend: Spend) -> Callable[[Tensor], Tensor]:
+    """The kernel machine: (M, *input) -> (M, C)."""
+    states = machine_states(c.path) if c.path else [FlatModel(c.subject.model).state]
+    spend(min(TAUGHT, len(c.subject.train)) * len(states))
+    return machine_opinions(c.subject, states, c.stages.generator("kernel machine"), c.device)
+
+
+def natural_scores(
+    c: Context, queries: Queries, masses: Tensor, opinions: Callable[[Tensor], Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Our scores of natural errors, the named one first, and what costs baselines nothing. masses: (M, G)."""
+    own = {
+        "kernel machine": machine_lead(opinions(queries.inputs), queries.pairs),
+        "lack of support": lack_of_support(masses, c.groups, c.subject.classes),
+    }
     if c.path is None:
-        return support
+        return own, free_controls(queries)
     late = late_probabilities(c.path, c.subject, queries.inputs, c.device)
-    return {"late path": late_path(late, queries.pairs)} | support
+    return own | {"late path": late_path(late, queries.pairs)}, free_controls(queries, late)
 
 
 def probe_scores(c: Context, shift: ShiftMap) -> dict[str, Tensor]:

@@ -73,6 +73,7 @@ class TargetView:
     figure: tuple[str, str]  # the deciding one, and what it says
     rows: tuple[ScoreRow, ...]  # best first
     columns: tuple[tuple[str, str], ...]  # the other figures, and what they say
+    together: tuple[str, Verdict] | None  # what ours add to all baselines together
     rates: RatesView | None
     ranked: bool  # a distance, which every input may have reached: rank correlation decides
     deciding: Dots
@@ -146,6 +147,7 @@ def _target(
         figure=FIGURES[target.decided_by],
         rows=tuple(_row(s, target, others, s.name in best, meanings.get(s.name, "")) for s in by_figure(target)),
         columns=tuple(FIGURES[name] for name in others),
+        together=(target.increment.sentence, target.increment.verdict) if target.increment else None,
         rates=_rates(target.calibration) if target.calibration else None,
         ranked=target.decided_by == "spearman",
         deciding=deciding(target),
