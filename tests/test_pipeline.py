@@ -387,7 +387,10 @@ def test_the_findings_note_what_was_fixed_before_the_labels_were_opened(
 ) -> None:
     note = findings.agreement.sealed
     assert note is not None
-    assert (note.opened, note.fixed_before) == (1, ["scores", "baselines", "calibrated rates", "holes"])
+    assert (note.opened, note.fixed_before) == (
+        1,
+        ["scores", "baselines", "models of both", "calibrated rates", "holes"],
+    )
     assert note.inputs == findings.agreement.inputs
     assert note.observed_before == []
     assert len(note.digest) == 64
