@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bars import missed
+from benchmarks.bars import missed, shown
 from benchmarks.prediction import natural, planted, probes
 from benchmarks.prediction.known import known
 from benchmarks.prediction.networks import FULL, QUICK, SETS, Networks, Size, networks
@@ -33,6 +33,8 @@ from brittle.pipeline.opening import digest_of
 
 PARTS = ("natural", "probes", "radius", "planted")
 AT_LEAST = {"natural_wins": 3, "incremental_wins": 2, "probe_wins": 2}
+AT_LEAST |= {f"planted.{key}": bar for key, bar in planted.AT_LEAST.items()}
+AT_MOST = {f"planted.{key}": bar for key, bar in planted.AT_MOST.items()}
 
 
 def images(size: Size, root: Path, cache: Path, parts: Sequence[str]) -> dict[str, Any]:
@@ -45,12 +47,12 @@ def images(size: Size, root: Path, cache: Path, parts: Sequence[str]) -> dict[st
         tables = [scores(fact, nets.logits) for fact in facts]
         said, under = [], []
         if "natural" in parts:
-            said = [natural.predicted(nets, k, table) for k, table in enumerate(tables)]
+            said = [natural.predicted(nets, k, table, folder / f"seed{k}") for k, table in enumerate(tables)]
         if "probes" in parts:
             rows, labels = _probed_rows(nets, size.probed)
             for k, (subject, fact, table) in enumerate(zip(nets.subjects, facts, tables, strict=True)):
                 seen = probed(subject, rows, folder / f"seed{k}")
-                under.append(probes.predicted(table, fact, seen, rows, labels))
+                under.append(probes.predicted(table, fact, seen, rows, labels, folder / f"seed{k}"))
         labels = nets.envelope.open(digest_of([said, under]))
         if said:
             found["natural"][of.name] = natural.judged(said, labels, size.resamples)
@@ -94,7 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{ROOT} must name the folder that holds MNIST/, FashionMNIST/ and cifar10/", file=sys.stderr)
         return 2
     result = run(QUICK if asked.quick else FULL, Path(os.environ[ROOT]), asked.cache, asked.quick, asked.only)
-    result["missed"] = [] if asked.quick else missed(result, {}, AT_LEAST)
+    found = result | {f"planted.{key}": value for key, value in result.get("planted", {}).items()}
+    least, most = ({key: bar for key, bar in bars.items() if key in found} for bars in (AT_LEAST, AT_MOST))
+    for key, bar in shown(most, least).items():
+        print(f"{key:48s}{found[key]:<10.4g}{bar}")
+    result["missed"] = [] if asked.quick else missed(found, most, least)
     print(json.dumps(result))
     return 1 if result["missed"] else 0
 

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.prediction.figures import Sealed, resampled
+from benchmarks.prediction.kept import kept
 from benchmarks.prediction.networks import Networks
 from benchmarks.prediction.scores import Scores
 from brittle.agreement.calibration import reliability
 from brittle.agreement.metrics import Resampled, holm
-from brittle.agreement.models import KINDS, Table, rates
+from brittle.agreement.models import KINDS, SETTINGS, Table, rates
+from brittle.settings import digest
 
 SETS = ("baselines", "ours", "all")
 MARGIN, CONFIDENCE = "logit margin", "softmax confidence"
@@ -36,8 +39,14 @@ class Predicted:
     fitted: tuple[int, int]  # calibration images, and errors among them
 
 
-def predicted(nets: Networks, k: int, found: Scores) -> Predicted:
-    """By network k; no sealed label is looked at."""
+def predicted(nets: Networks, k: int, found: Scores, folder: Path) -> Predicted:
+    """By network k, kept in `folder`; no sealed label is looked at."""
+    test = nets.subjects[k].test
+    made_of = f"{digest(test.targets, *found.all.values())} {sorted(found.all)} {SETTINGS}"
+    return kept(folder / "natural.safetensors", made_of, Predicted, lambda: _predicted(nets, k, found))
+
+
+def _predicted(nets: Networks, k: int, found: Scores) -> Predicted:
     said, test = nets.logits[k].argmax(1), nets.subjects[k].test
     table = Table(found.all, said != test.targets)
     known, asked = table[nets.calibration], table[nets.sealed]

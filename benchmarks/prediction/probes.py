@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.prediction.figures import Ranked, Sealed, mean, resampled
+from benchmarks.prediction.kept import kept
 from benchmarks.prediction.known import Known
 from benchmarks.prediction.natural import above_zero, interval
 from benchmarks.prediction.probed import SEEN, SHARES, Probed
 from benchmarks.prediction.scores import TINY, Scores, doubt, lead
 from brittle.agreement.metrics import auroc
-from brittle.agreement.models import KINDS, Table, rates
+from brittle.agreement.models import KINDS, SETTINGS, Table, rates
+from brittle.settings import digest
 
 SIDES = ("baselines", "all")
 
@@ -69,11 +72,17 @@ def scores_at(clean: Scores, known: Known, seen: Probed, rows: Tensor, f: int, k
     )
 
 
-def predicted(clean: Scores, known: Known, seen: Probed, rows: Tensor, labels: Tensor) -> Predicted:
-    """By one network; no sealed label is looked at.
+def predicted(clean: Scores, known: Known, seen: Probed, rows: Tensor, labels: Tensor, folder: Path) -> Predicted:
+    """By one network, kept in `folder`; no sealed label is looked at.
 
     rows: positions of the probed images, those of the calibration part first.  labels: of these, (L,).
     """
+    looked = digest(rows, labels, known.carried, *clean.all.values(), *(getattr(seen, f.name) for f in fields(Probed)))
+    made_of = f"{looked} {sorted(clean.all)} {SETTINGS}"
+    return kept(folder / "probes.safetensors", made_of, Predicted, lambda: _predicted(clean, known, seen, rows, labels))
+
+
+def _predicted(clean: Scores, known: Known, seen: Probed, rows: Tensor, labels: Tensor) -> Predicted:
     said, learned = known.logits[rows].argmax(1), len(labels)
     right = (said[:learned] == labels).nonzero()[:, 0]
     models: dict[str, list[Tensor]] = {f"{side} {kind}": [] for side in SIDES for kind in (*KINDS, "both")}

@@ -92,9 +92,11 @@ def auroc(scores: Tensor, failed: Tensor, weights: Tensor) -> Tensor:
     Args:
         scores: (M,), higher means brittler.  failed: (M,) bool.  weights: (M, R).
     """
-    positive, negative = _by_score(scores, weights * failed[:, None], weights * ~failed[:, None])
-    below = negative.cumsum(0) - negative / 2
-    return (positive * below).sum(0) / (positive.sum(0) * negative.sum(0))
+    others, place = scores[~failed].sort()
+    positive, own = weights[failed], scores[failed]
+    negative = torch.cat([weights.new_zeros(1, weights.shape[1]), weights[~failed][place].cumsum(0)])
+    below, upto = (negative[torch.searchsorted(others, own, right=right)] for right in (False, True))
+    return (positive * (below + upto)).sum(0) / (2 * positive.sum(0) * negative[-1])
 
 
 def average_precision(scores: Tensor, failed: Tensor, weights: Tensor) -> Tensor:

@@ -30,7 +30,17 @@ from torch import Tensor
 Kind = Literal["logistic", "boosted"]
 KINDS: tuple[Kind, ...] = ("logistic", "boosted")
 
-PENALTY, QUANTILES, TREES = 0.03, 300, 150
+PENALTY, QUANTILES = 0.03, 300
+TREES = {
+    "learning_rate": 0.05,
+    "max_iter": 150,
+    "max_leaf_nodes": 10,
+    "min_samples_leaf": 40,
+    "l2_regularization": 20.0,
+    "max_features": 0.3,
+}
+SETTINGS = str((PENALTY, QUANTILES, TREES))
+"""All of them, for what is kept of a fitted model."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +90,5 @@ def _logistic(classes: list[int], count: int, width: int) -> Any:
 
 def _boosted(classes: list[int], seed: int) -> Any:
     return HistGradientBoostingClassifier(
-        learning_rate=0.05,
-        max_iter=TREES,
-        max_leaf_nodes=10,
-        min_samples_leaf=40,
-        l2_regularization=20.0,
-        max_features=0.3,
-        categorical_features=classes or None,
-        early_stopping=False,
-        random_state=seed,
+        categorical_features=classes or None, early_stopping=False, random_state=seed, **TREES
     )
