@@ -1,4 +1,4 @@
-"""Predicted failures, put to the test.   python -m benchmarks.prediction [--quick] [--only PART ...] [--cache DIR]
+"""Predicted failures, put to the test.   python -m benchmarks.prediction [--quick] [--only PART ...] [--sets SET ...] [--cache DIR]
 
     natural   errors on clean images, on three data sets              natural, natural_wins, incremental_wins
     probes    errors under seven families of small changes            probes, probe_wins
@@ -37,10 +37,10 @@ AT_LEAST |= {f"planted.{key}": bar for key, bar in planted.AT_LEAST.items()}
 AT_MOST = {f"planted.{key}": bar for key, bar in planted.AT_MOST.items()}
 
 
-def images(size: Size, root: Path, cache: Path, parts: Sequence[str]) -> dict[str, Any]:
+def images(size: Size, root: Path, cache: Path, parts: Sequence[str], sets: Sequence[str]) -> dict[str, Any]:
     """Natural errors and errors under probes, data set by data set."""
     found: dict[str, Any] = {part: {} for part in parts}
-    for of in SETS:
+    for of in [of for of in SETS if parts and of.name in sets]:
         folder = cache / of.name
         nets = networks(of, size, root, folder)
         facts = [known(s, folder / f"seed{k}") for k, s in enumerate(nets.subjects)]
@@ -49,10 +49,10 @@ def images(size: Size, root: Path, cache: Path, parts: Sequence[str]) -> dict[st
         if "natural" in parts:
             said = [natural.predicted(nets, k, table, folder / f"seed{k}") for k, table in enumerate(tables)]
         if "probes" in parts:
-            rows, labels = _probed_rows(nets, size.probed)
+            rows, known_labels = _probed_rows(nets, size.probed)
             for k, (subject, fact, table) in enumerate(zip(nets.subjects, facts, tables, strict=True)):
                 seen = probed(subject, rows, folder / f"seed{k}")
-                under.append(probes.predicted(table, fact, seen, rows, labels, folder / f"seed{k}"))
+                under.append(probes.predicted(table, fact, seen, rows, known_labels, folder / f"seed{k}"))
         labels = nets.envelope.open(digest_of([said, under]))
         if said:
             found["natural"][of.name] = natural.judged(said, labels, size.resamples)
@@ -71,9 +71,9 @@ def _probed_rows(nets: Networks, counts: tuple[int, int]) -> tuple[Tensor, Tenso
     return rows, nets.subjects[0].test.targets[: counts[0]]
 
 
-def run(size: Size, root: Path, cache: Path, quick: bool, parts: Sequence[str]) -> dict[str, Any]:
+def run(size: Size, root: Path, cache: Path, quick: bool, parts: Sequence[str], sets: Sequence[str]) -> dict[str, Any]:
     """The parts that are asked for, one after the other."""
-    found = images(size, root, cache, [p for p in parts if p in ("natural", "probes")])
+    found = images(size, root, cache, [p for p in parts if p in ("natural", "probes")], sets)
     if "natural" in parts:
         each = found["natural"].values()
         found["natural_wins"] = sum(row["natural_win"] for row in each)
@@ -90,12 +90,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prediction")
     parser.add_argument("--quick", action="store_true", help="a few hundred images of each data set; says nothing")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of the parts")
+    names = [of.name for of in SETS]
+    parser.add_argument("--sets", nargs="+", choices=names, default=names, help="some of the data sets of images")
     parser.add_argument("--cache", type=Path, default=Path("runs/.benchmarks/prediction"))
     asked = parser.parse_args(arguments)
     if not os.environ.get(ROOT):
         print(f"{ROOT} must name the folder that holds MNIST/, FashionMNIST/ and cifar10/", file=sys.stderr)
         return 2
-    result = run(QUICK if asked.quick else FULL, Path(os.environ[ROOT]), asked.cache, asked.quick, asked.only)
+    cache = asked.cache / "quick" if asked.quick else asked.cache
+    result = run(QUICK if asked.quick else FULL, Path(os.environ[ROOT]), cache, asked.quick, asked.only, asked.sets)
     found = result | {f"planted.{key}": value for key, value in result.get("planted", {}).items()}
     least, most = ({key: bar for key, bar in bars.items() if key in found} for bars in (AT_LEAST, AT_MOST))
     for key, bar in shown(most, least).items():
