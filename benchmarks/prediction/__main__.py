@@ -1,4 +1,6 @@
-"""Predicted failures, put to the test.   python -m benchmarks.prediction [--quick] [--only PART ...] [--sets SET ...] [--cache DIR]
+"""Predicted failures, put to the test.
+
+    python -m benchmarks.prediction [--quick] [--only PART ...] [--sets SET ...] [--cache DIR]
 
     natural   errors on clean images, on three data sets              natural, natural_wins, incremental_wins
     probes    errors under seven families of small changes            probes, probe_wins
