@@ -417,9 +417,11 @@ def test_the_counts_are_those_of_a_real_audit(recorded: Subject, tmp_path: Path)
     chosen = findings.fidelity.memory.nodes / demand.evaluations  # the doctor counts the largest memory that may be
     assert 0 < chosen < 1
     assert spent["mapping the shift"] == pytest.approx(chosen * gradient["shift"])
-    held = demand.natural + demand.queries  # natural errors in L2, attacks in Linf, with a descent of K steps
+    held = demand.natural + 2 * demand.queries  # natural and predicting in L2, attacks in Linf, a descent of K steps
     plain = counts(demand, "attack")["agreement"] - (1 - chosen) * demand.evaluations * held
-    assert spent["fixing what is predicted"] == pytest.approx(chosen * gradient["agreement"] + plain)
+    machine_passes = 2 * (min(TAUGHT, demand.train) + demand.natural + demand.queries)
+    masses = gradient["agreement"] - machine_passes
+    assert spent["fixing what is predicted"] == pytest.approx(chosen * masses + machine_passes + plain)
     in_rows = sum(len(PathReader(recorded.path or "").step(k).batches[0]) for k in range(60))
     for stage, counted in (
         ("building the group memory", "memory"),

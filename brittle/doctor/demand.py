@@ -191,7 +191,7 @@ class Demand:
     def _agreement(self, speed: Speed) -> float:
         forwards = self.natural + self.queries * (1 + 2 * (1 + self.families))  # predicting queries calibrate
         late = LATE_STATES * forwards if self.known.steps else 0
-        slopes = (min(RIVALS, self.classes - 1) + 2 + self.evaluations) * (self.natural + self.queries)
+        slopes = (min(RIVALS, self.classes - 1) + 2 + self.evaluations) * (self.natural + 2 * self.queries)
         compared = self.natural + self.queries * (self.families + 2)
         return (
             self.natural * self.evaluations * speed.gradient

@@ -48,8 +48,7 @@ def predictions(c: Context, memory: Memory, shift: ShiftMap, observed: Observed,
     def compute(tick: Progress, spend: Spend) -> Predicted:
         masses = mass(memory, c.subject, natural.inputs, natural.pairs, c.device, tick)[:, : len(c.groups)]
         spend(len(natural) * memory.evaluations)
-        opinions = taught_machine(c, spend)
-        spend(len(natural) + len(predict))
+        opinions = taught_machine(c, len(natural) + len(predict), spend)
         ours, free = natural_scores(c, natural, masses, opinions)
         learned, known_free = natural_scores(c, predict, shift[:first].mass, opinions)
         under = probe_scores(c, shift)  # shape of each: (first + M, F)
@@ -81,10 +80,10 @@ def predictions(c: Context, memory: Memory, shift: ShiftMap, observed: Observed,
     return c.stages("predictions", "fixing what is predicted", compute)
 
 
-def taught_machine(c: Context, spend: Spend) -> Callable[[Tensor], Tensor]:
-    """The kernel machine: (M, *input) -> (M, C)."""
+def taught_machine(c: Context, asked: int, spend: Spend) -> Callable[[Tensor], Tensor]:
+    """The kernel machine, a function (M, *input) -> (M, C). asked: of how many inputs it will be."""
     states = machine_states(c.path) if c.path else [FlatModel(c.subject.model).state]
-    spend(min(TAUGHT, len(c.subject.train)) * len(states))
+    spend((min(TAUGHT, len(c.subject.train)) + asked) * len(states))
     return machine_opinions(c.subject, states, c.stages.generator("kernel machine"), c.device)
 
 
