@@ -33,6 +33,7 @@ from brittle.kernel.memory import build
 from brittle.kernel.tangent import tangent_memory
 from brittle.mass import cluster_groups
 from brittle.path.store import PathReader
+from brittle.scores import TAUGHT
 from brittle.subject import Subject, replace_quietly
 
 TRAIN, TEST = 90, 60
