@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bars import missed, shown
-from benchmarks.prediction import natural, planted, probes
+from benchmarks.prediction import natural, planted, probes, radius
 from benchmarks.prediction.known import known
 from benchmarks.prediction.networks import FULL, QUICK, SETS, Networks, Size, networks
 from benchmarks.prediction.probed import families, probed
@@ -35,6 +35,7 @@ from brittle.pipeline.opening import digest_of
 
 PARTS = ("natural", "probes", "radius", "planted")
 AT_LEAST = {"natural_wins": 3, "incremental_wins": 2, "probe_wins": 2}
+AT_LEAST |= radius.AT_LEAST
 AT_LEAST |= {f"planted.{key}": bar for key, bar in planted.AT_LEAST.items()}
 AT_MOST = {f"planted.{key}": bar for key, bar in planted.AT_MOST.items()}
 
@@ -82,6 +83,8 @@ def run(size: Size, root: Path, cache: Path, quick: bool, parts: Sequence[str], 
         found["incremental_wins"] = sum(row["incremental_win"] for row in each)
     if "probes" in parts:
         found["probe_wins"] = sum(row["probe_win"] for row in found["probes"].values())
+    if "radius" in parts:
+        found |= radius.radius(cache / "attacks", quick)
     if "planted" in parts:
         found["planted"] = planted.run(root, cache / "planted", quick)
     return found
