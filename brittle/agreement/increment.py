@@ -76,7 +76,7 @@ def increment(models: Together, failed: Tensor, generator: torch.Generator, resa
         fitted_failures=models.failures,
         baselines={kind: figure[f"baselines {kind}"].estimate for kind in KINDS},
         together={kind: figure[f"all {kind}"].estimate for kind in KINDS},
-        gain=dict(gains),
+        gain={kind: gains[kind] for kind in KINDS},
         verdict=verdict,
         sentence=f"Our scores {words} all baselines together: gain of AUROC by model {shown}; models fitted on "
         f"{models.failures} failures among {models.inputs} inputs{', too few to decide' if few else ''}.",

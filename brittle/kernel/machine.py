@@ -27,9 +27,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from brittle.kernel.factors import Factors, Part, factors_of, formed, inner, ready
+from brittle.kernel.factors import Factors, factors_of, inner, ready
 from brittle.kernel.gradients import Span
-from brittle.kernel.outer import Outer
+from brittle.kernel.outer import Outer, Part, formed
 from brittle.kernel.quadrature import blocks, check_outputs
 from brittle.path.flat import FlatModel
 from brittle.records import Progress
