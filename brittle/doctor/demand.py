@@ -184,7 +184,7 @@ class Demand:
         if not known.steps:
             products = self.accounted * self.train * self.state * speed.multiply
             return (self.accounted + self.train) * speed.gradient + products
-        lines = math.ceil(known.steps / known.segment) * known.nodes * self.accounted
+        lines = known.nodes * (math.ceil(known.steps / known.segment) * self.queries + known.steps * 2 * FLIPS)
         again = (self.walks - 1) * self._walk(speed, 0, PASSES["pull back"])
         return self._walk(speed, self.accounted, PASSES["pull back"]) + again + lines * speed.gradient
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from brittle import accounts
 from brittle.flips import Flips
+from brittle.kernel.sweep import Quadrature
 from brittle.kernel.units import Part, Unit, account_unit, cut, total
 from brittle.pipeline.context import Context
 from brittle.records import Ledger, Pairs, Progress
@@ -24,6 +25,9 @@ from brittle.stages import Spend
 
 PAUSE = 0.5
 """Seconds between two looks at what other processes do."""
+
+STEP_BY_STEP = Quadrature(segment=1)
+"""How flips are accounted for: the shift from a query to its probe asks for far shorter segments than either output."""
 
 
 def first_account(c: Context) -> Accounting:
@@ -36,7 +40,7 @@ def whole_account(c: Context, flips: Flips) -> accounts.Account:
     """The account of the predicting queries, then of every flip before and after."""
     ids, pairs = torch.cat([c.split.sealed.ids[flips.rows]] * 2), Pairs.join(flips.pairs, flips.pairs)
     inputs = torch.cat([flips.before, flips.after])
-    flipped = Accounting(c, "ledger/flips", "balancing the ledger of flips", ids, inputs, pairs)
+    flipped = Accounting(c, "ledger/flips", "balancing the ledger of flips", ids, inputs, pairs, STEP_BY_STEP)
     first = first_account(c).made()
     if not len(flips.rows):
         return first
@@ -62,11 +66,12 @@ class Accounting:
     ids: Tensor  # shape: (M,)
     inputs: Tensor  # shape: (M, *input)
     pairs: Pairs
+    quadrature: Quadrature | None = None
     _whole: set[Unit] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         c = self.c
-        self.units = cut(c.path, c.subject, len(self.pairs), c.budget) if c.path else []
+        self.units = cut(c.path, c.subject, len(self.pairs), c.budget, self.quadrature) if c.path else []
         self.key = digest(self.inputs, self.pairs.predicted, self.pairs.rival)[:8]
         self.length = sum(stop - start for start, stop in (unit.steps for unit in self.units))
 
@@ -120,7 +125,9 @@ class Accounting:
         def compute(spend: Spend) -> Part:
             assert c.path is not None
             within = lambda now, all_: tick(before + steps * now // all_, self.length)  # noqa: E731
-            part = account_unit(c.path, c.subject, self.inputs, self.pairs, unit, device=c.device, progress=within)
+            part = account_unit(
+                c.path, c.subject, self.inputs, self.pairs, unit, self.quadrature, c.device, progress=within
+            )
             spend(part.evaluations)
             return part
 
