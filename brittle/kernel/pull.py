@@ -10,9 +10,10 @@ For B rows and T positions these take, in the time of a multiplication inside a 
 
     rows      B p d (FORMING T + WRITTEN + M)                forward    B p (d + PER_NUMBER) T (M + 2)
 
-A formed row costs mostly what is written and read again: it is made, looked through for what adds up to rounding, added
-up and multiplied. Forward, the batch's gradient is one more product of that size, and what adds up to rounding another
-at most. So forward pays for few queries, and where positions are few: the late layers of a residual network.
+A formed row costs mostly what is written and read again, where a batch's rows do not stay in the cache: it is made, looked
+through for what adds up to rounding, added up and multiplied. Forward, the batch's gradient is one more product of that
+size, and what adds up to rounding another at most. So forward pays for few queries, and where positions are few: the late
+layers of a residual network.
 
     seconds of one thread: B = 128, ResNet-18          rows (M = 1, 8)    forward, M = 1, 8     taken, M = 1, 8
     T = 1024, p =  64, d =  576                        .116                 .17   .75           rows      rows
@@ -41,6 +42,9 @@ Route = Literal["rows", "forward"]
 FORMING, WRITTEN, PER_NUMBER = 1.5, 1000, 16
 """Times of one multiplication: to form an entry of a row, for each position and once; to write a layer's output."""
 
+CACHED = 1 << 18
+"""Entries of a batch's rows that stay in the cache."""
+
 BLOCK_BYTES = 24 << 20
 """Bytes of an intermediate result at most."""
 
@@ -66,8 +70,9 @@ def pulled(vectors: Tensor, part: Part, coupled: bool = False, route: Route | No
 
 def cheaper(m: int, part: Outer) -> Route:
     """The route of less cost for M vectors."""
-    _, _, d, t = part.sizes
-    rows, forward = d * (FORMING * t + WRITTEN + m), (d + PER_NUMBER) * t * (m + 2)
+    k, p, d, t = part.sizes
+    written = WRITTEN if len(part) * k * p * d > CACHED else 0
+    rows, forward = d * (FORMING * t + written + m), (d + PER_NUMBER) * t * (m + 2)
     return "forward" if forward < rows else "rows"
 
 
