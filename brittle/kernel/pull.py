@@ -10,10 +10,10 @@ For B rows and T positions these take, in the time of a multiplication inside a 
 
     rows      B p d (FORMING T + WRITTEN + M)                forward    B p (d + PER_NUMBER) T (M + 2)
 
-A formed row costs mostly what is written and read again, where a batch's rows do not stay in the cache: it is made, looked
-through for what adds up to rounding, added up and multiplied. Forward, the batch's gradient is one more product of that
-size, and what adds up to rounding another at most. So forward pays for few queries, and where positions are few: the late
-layers of a residual network.
+A formed row costs mostly what is written and read again, where a batch's rows do not stay in the cache: it is made,
+looked through for what adds up to rounding, added up and multiplied. Forward, the batch's gradient is one more product
+of that size, and what adds up to rounding another at most. So forward pays for few queries, and where positions are
+few: the late layers of a residual network.
 
     seconds of one thread: B = 128, ResNet-18          rows (M = 1, 8)    forward, M = 1, 8     taken, M = 1, 8
     T = 1024, p =  64, d =  576                        .116                 .17   .75           rows      rows
