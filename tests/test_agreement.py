@@ -665,6 +665,7 @@ class TestOverall:
             "lack of support",
             "predicted severity",
             "predicted distance",
+            "reach",
         }
         assert {
             *baselines(subject, queries_of(subject)),

@@ -33,6 +33,7 @@ from brittle.kernel.memory import build
 from brittle.kernel.tangent import tangent_memory
 from brittle.mass import cluster_groups
 from brittle.path.store import PathReader
+from brittle.pipeline.reaching import REACH_PASSES
 from brittle.scores import TAUGHT
 from brittle.subject import Subject, replace_quietly
 
@@ -419,7 +420,8 @@ def test_the_counts_are_those_of_a_real_audit(recorded: Subject, tmp_path: Path)
     assert 0 < chosen < 1
     assert spent["mapping the shift"] == pytest.approx(chosen * gradient["shift"])
     held = demand.natural + 2 * demand.queries  # natural and predicting in L2, attacks in Linf, a descent of K steps
-    plain = counts(demand, "attack")["agreement"] - (1 - chosen) * demand.evaluations * held
+    most, nodes = (max(REACH_PASSES, n) for n in (demand.evaluations, findings.fidelity.memory.nodes))
+    plain = counts(demand, "attack")["agreement"] - (most - nodes) * held
     machine_passes = 2 * (min(TAUGHT, demand.train) + demand.natural + demand.queries)
     masses = gradient["agreement"] - machine_passes
     assert spent["fixing what is predicted"] == pytest.approx(chosen * masses + machine_passes + plain)

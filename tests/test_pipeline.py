@@ -338,6 +338,19 @@ def test_every_figure_has_its_arrays(run: RunFolder, findings: Findings) -> None
     assert len(view.agreement.distances) == 2
 
 
+def test_the_distances_are_predicted_by_a_search_in_their_own_norm(run: RunFolder, findings: Findings) -> None:
+    told, arrays = {}, run.load("figures")
+    for k, target in enumerate(findings.agreement.targets):
+        if target.kind == "attack":
+            assert [s.name for s in target.scores if s.ours] == ["reach", "lack of support", "predicted distance"]
+            assert target.scores[0].spearman.value is not None
+            assert target.scores[0].spearman.value > 0.9
+            told[target.name] = arrays[f"agreement.{k}.scores"]
+    assert list(told) == ["L2 distance", "Linf distance"]
+    assert (told["Linf distance"][0] > told["L2 distance"][0]).all()  # nearer
+    assert torch.equal(told["Linf distance"][1:3], told["L2 distance"][1:3])
+
+
 def test_every_interval_holds_its_value(run: RunFolder) -> None:
     found = list(estimates(run.load_document("findings")))
     assert len(found) > 100

@@ -4,7 +4,7 @@ Of our scores one is named for each kind before outcomes are seen, and only that
 
     natural errors   kernel machine
     a probe family   late path at the reference (without a path: predicted severity)
-    a distance       predicted severity along the margin's gradient
+    a distance       reach, in its norm
 
 `Predicted` is all that is said of the sealed inputs before their labels are opened; a contest then holds the scores
 and the outcomes of one kind on the same inputs; `settle` compares them.
@@ -52,7 +52,7 @@ class Predicted:
 
     natural: dict[str, Tensor]  # ours of natural errors, (W,)
     probes: dict[str, Tensor]  # ours under each family, (M, F)
-    distances: dict[str, Tensor]  # ours of the adversarial distance, (M,)
+    distances: dict[str, dict[str, Tensor]]  # ours of the adversarial distance in each norm, (M,)
     plain: dict[str, Tensor]  # baselines, (W,)
     extrapolated: Tensor  # the baseline that looks at probes, (M, F)
     by_norm: dict[str, dict[str, Tensor]]  # baselines in other norms, (M,)
@@ -138,7 +138,7 @@ def attack_distances(predicted: Predicted, envelopes: Sequence[AttackRows], righ
     """The smallest adversarial distance over all attacks, in each norm. right: as for probes; rows as in it."""
     found = []
     for rows in envelopes:
-        ours = {name: score[right] for name, score in predicted.distances.items()}
+        ours = {name: score[right] for name, score in predicted.distances[rows.norm].items()}
         others, name = predicted.baselines(right, rows.norm), f"{NORM_NAMES[rows.norm]} distance"
         found.append(_contest("attack", name, "spearman", ours, others, rows.success, rows.distance.double()))
     return found

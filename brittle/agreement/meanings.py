@@ -11,6 +11,7 @@ MEANINGS = {
     "directions weighed alike, speak for another class, or hardly for this one.",
     "lack of support": "The training examples that hold the prediction up are nearly cancelled by those against it.",
     "predicted severity": "A small probe takes so much of the margin that a straight line has it gone early.",
+    "reach": "A short search for the radius at which the margin is gone ends near the input.",
     "predicted distance": "A small step against the margin takes so much of it that it will be gone nearby.",
     "softmax confidence": "The probability of the predicted class is low.",
     "entropy": "The probabilities are spread over many classes.",
@@ -19,7 +20,7 @@ MEANINGS = {
     "input-gradient norm": "The loss of the predicted class is steep at the input.",
     "first-order distance": "The nearest class boundary of the linearised model is near.",
     "margin after one step": "After one finite step against the margin little of it is left.",
-    "margin after K steps": "A descent with as many gradient passes as an input's mass costs leaves little margin.",
+    "margin after K steps": "A descent with as many gradient passes as our scores take leaves little margin.",
     "trust score": "Training examples of other classes are nearer to the input than those of the predicted class.",
     "trust score on features": "The same distances, in the features that enter the last layer.",
     "nearest-neighbour ratio": "The nearest training example of the predicted class is far, in features, beside the "

@@ -28,7 +28,8 @@ from brittle.outcomes import LEVELS
 from brittle.path.checkpoints import Checkpoints
 from brittle.path.flat import layout
 from brittle.path.recipe import OBSERVED
-from brittle.pipeline.context import Effort
+from brittle.pipeline.context import NORMS, Effort
+from brittle.pipeline.reaching import REACH_PASSES
 from brittle.probes import MAP_SHARES, families_for
 from brittle.scores import LATE_STATES, TAUGHT
 from brittle.split import MOST_NATURAL
@@ -191,12 +192,14 @@ class Demand:
     def _agreement(self, speed: Speed) -> float:
         forwards = self.natural + self.queries * (1 + 2 * (1 + self.families))  # predicting queries calibrate
         late = LATE_STATES * forwards if self.known.steps else 0
-        slopes = (min(RIVALS, self.classes - 1) + 2 + self.evaluations) * (self.natural + 2 * self.queries)
+        descent = max(self.evaluations, REACH_PASSES)
+        slopes = (min(RIVALS, self.classes - 1) + 2 + descent) * (self.natural + 2 * self.queries)
+        searches = len(NORMS) * REACH_PASSES * self.queries
         compared = self.natural + self.queries * (self.families + 2)
         return (
             self.natural * self.evaluations * speed.gradient
             + late * speed.forward
-            + slopes * speed.attack
+            + (slopes + searches) * speed.attack
             + self._machine(speed)
             + 2 * speed.neighbours * max(1.0, self.train / NEIGHBOURS) ** 2
             + compared * PASSES["bootstrap"] * speed.touch

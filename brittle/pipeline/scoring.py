@@ -20,7 +20,8 @@ from brittle.kernel.memory import Memory, mass
 from brittle.natural_holes import ground, natural_holes, where
 from brittle.outcomes import Observed
 from brittle.path.flat import FlatModel
-from brittle.pipeline.context import Context
+from brittle.pipeline.context import NORMS, Context
+from brittle.pipeline.reaching import REACH_PASSES, reach_scores
 from brittle.probes import MAP_SHARES
 from brittle.records import Progress, Queries, ShiftMap
 from brittle.scores import (
@@ -38,7 +39,7 @@ from brittle.shift import probe_inputs
 from brittle.stages import Spend
 
 STEEPEST = "margin gradient"
-"""The family along which our prediction of the adversarial distance looks."""
+"""The family along which the shift map's prediction of the adversarial distance looks."""
 
 
 def predictions(c: Context, memory: Memory, shift: ShiftMap, observed: Observed, holes: list[Region]) -> Predicted:
@@ -53,21 +54,24 @@ def predictions(c: Context, memory: Memory, shift: ShiftMap, observed: Observed,
         learned, known_free = natural_scores(c, predict, shift[:first].mass, opinions)
         under = probe_scores(c, shift)  # shape of each: (first + M, F)
         plain, steep = plain_scores(c, memory, spend)
-        known_plain = baselines(c.subject, predict, passes=memory.evaluations)
-        spend(gradient_passes(c.subject, memory.evaluations) * len(predict))
+        passes = descent_passes(memory)
+        known_plain = baselines(c.subject, predict, passes=passes)
+        spend(gradient_passes(c.subject, passes) * len(predict))
         named, clean = next(iter(under.values())), predict.right
         failed = observed[:first].failed(predict.targets)[clean]  # shape: (right ones, F)
         rates = {NATURAL: _rates(next(iter(learned.values())), ~clean, next(iter(ours.values())))}
         for f, family in enumerate(c.families):
             rates[family.name] = _rates(named[:first][clean, f], failed[:, f], named[first:, f])
         sealed, on = shift[first:], ground(shift[:first].mass, predict.pairs.predicted, ~clean)
+        others = {
+            "lack of support": lack_of_support(sealed.mass, c.groups, c.subject.classes),
+            "predicted distance": severity_scores(sealed)[STEEPEST],
+        }
+        reached = reach_scores(c, spend)
         return Predicted(
             natural=ours,
             probes={name: score[first:] for name, score in under.items()},
-            distances={
-                "predicted distance": severity_scores(sealed)[STEEPEST],
-                "lack of support": lack_of_support(sealed.mass, c.groups, c.subject.classes),
-            },
+            distances={norm: {"reach": reached[norm], **others} for norm in NORMS},
             plain=plain,
             extrapolated=extrapolated_margin(sealed),
             by_norm={"linf": steep},
@@ -119,11 +123,16 @@ def probe_scores(c: Context, shift: ShiftMap) -> dict[str, Tensor]:
 def plain_scores(c: Context, memory: Memory, spend: Spend) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The baselines of the natural queries in L2, and in Linf those of the sealed ones that depend on the norm.
 
-    The descent among them takes as many gradient passes as the mass of an input.
+    The descent among them takes `descent_passes`.
     """
-    natural, sealed, passes = c.split.natural, c.split.sealed, memory.evaluations
+    natural, sealed, passes = c.split.natural, c.split.sealed, descent_passes(memory)
     spend(gradient_passes(c.subject, passes) * (len(natural) + len(sealed)))
     return baselines(c.subject, natural, passes=passes), gradient_scores(c.subject, sealed, "linf", passes)
+
+
+def descent_passes(memory: Memory) -> int:
+    """Gradient passes of the baseline that descends: as many as the costlier of our scores take, mass or reach."""
+    return max(memory.evaluations, REACH_PASSES)
 
 
 def _rates(learned: Tensor, failed: Tensor, score: Tensor) -> Rates:
