@@ -106,9 +106,10 @@ def climb(
     part, project = _room_of(problem, rows, radius[rows])
     state = _State.at(project(start[rows]), radius[rows], rows)
     for k in range(how.steps):
-        points = state.points if k == 0 else _move(state, project, part.norm, 1.0 if k == 1 else INERTIA, generator)
-        logits, loss, gradient = search.gradient(points, partial(_loss, part, how.loss), _asked(state, problem))
-        state = _arrive(state, points, loss, gradient)
+        if k:
+            state = _move(state, project, part.norm, 1.0 if k == 1 else INERTIA, generator)
+        logits, loss, gradient = search.gradient(state.points, partial(_loss, part, how.loss), _asked(state, problem))
+        state = _arrive(state, loss, gradient)
         if k in halving:
             state = _halve(state, k - max([c for c in halving if c < k], default=0))
         if how.early and (through := search.problem.fooled(logits, state.rows)).any():
@@ -135,7 +136,11 @@ def _loss(problem: Problem, loss: str, logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _State:
-    """Where the climb of each input that is still in it stands."""
+    """Where the climb of each input that is still in it stands.
+
+    Points, last, top, top_gradient and spare are the state's own and are written over: new tensors of the batch's size
+    at every step cost as much as what is computed in them (benchmarks/attacks.md).
+    """
 
     rows: Tensor  # shape: (B',) positions in the search
     radius: Tensor  # shape: (B',)
@@ -150,6 +155,7 @@ class _State:
     rises: Tensor  # shape: (B',) since the last checkpoint
     halved: Tensor  # shape: (B',) bool, at the last checkpoint
     mark: Tensor  # shape: (B',) the best loss at the last checkpoint
+    spare: Tensor  # shape: (B', *input) holds nothing
 
     @classmethod
     def at(cls, start: Tensor, radius: Tensor, rows: Tensor) -> _State:
@@ -158,7 +164,7 @@ class _State:
             rows=rows,
             radius=radius,
             points=start,
-            last=start,
+            last=start.clone(),
             loss=nothing,
             gradient=torch.zeros_like(start),
             top=start.clone(),
@@ -168,6 +174,7 @@ class _State:
             rises=torch.zeros_like(radius),
             halved=torch.ones_like(radius, dtype=torch.bool),
             mark=nothing,
+            spare=torch.empty_like(start),
         )
 
     def __getitem__(self, rows: Tensor) -> _State:
@@ -182,28 +189,28 @@ def _asked(state: _State, problem: Problem) -> Rows:
 def _room_of(problem: Problem, rows: Tensor, radius: Tensor) -> tuple[Problem, Projection]:
     """Some inputs of the problem, and P for them. radius: (B',)."""
     part = problem[rows]
-    return part, ball(part.inputs, radius, part.bounds, part.norm)
+    return part, ball(part.inputs, radius, part.bounds, part.norm, over=True)
 
 
-def _move(state: _State, project: Projection, norm: Norm, inertia: float, generator: torch.Generator) -> Tensor:
-    """x_{k+1}."""
-    way = steepest(state.gradient, norm, generator)
-    z = project(torch.addcmul(state.points, spread(state.eta, way), way))
+def _move(state: _State, project: Projection, norm: Norm, inertia: float, generator: torch.Generator) -> _State:
+    """The state with its points at x_{k+1}, not yet asked about."""
+    points, last, spare = state.points, state.last, state.spare
+    way = steepest(state.gradient, norm, generator, out=spare)
+    z = project(torch.addcmul(points, spread(state.eta, way), way, out=spare))
     if inertia == 1:
-        return z
-    return project(torch.lerp(torch.lerp(state.last, state.points, 2.0), z, inertia))
+        return replace(state, points=z, last=points, spare=last)
+    ahead = torch.lerp(torch.lerp(last, points, 2.0, out=last), z, inertia, out=last)
+    return replace(state, points=project(ahead), last=points)
 
 
-def _arrive(state: _State, points: Tensor, loss: Tensor, gradient: Tensor) -> _State:
-    """The state at the new points."""
+def _arrive(state: _State, loss: Tensor, gradient: Tensor) -> _State:
+    """The state with what its points were answered."""
     better = loss > state.top_loss
     rows = better.nonzero()[:, 0]
-    state.top.index_copy_(0, rows, points.index_select(0, rows))  # in place: it is the state's own
-    state.top_gradient.index_copy_(0, rows, gradient.index_select(0, rows))
+    put(rows, state.points, state.top, state.spare)
+    put(rows, gradient, state.top_gradient, state.spare)
     return replace(
         state,
-        points=points,
-        last=state.points,
         loss=loss,
         gradient=gradient,
         top_loss=torch.where(better, loss, state.top_loss),
@@ -216,13 +223,14 @@ def _halve(state: _State, window: int) -> _State:
     oscillates = state.rises < RISING * window
     stalls = ~state.halved & (state.top_loss <= state.mark)
     halved = oscillates | stalls
-    rows = halved.nonzero()[:, 0]
+    rows, gradient = halved.nonzero()[:, 0], state.gradient.clone()
+    put(rows, state.top, state.points, state.spare)
+    put(rows, state.top, state.last, state.spare)
+    put(rows, state.top_gradient, gradient, state.spare)
     return replace(
         state,
-        points=put(rows, state.top, state.points),
-        last=put(rows, state.top, state.last),
         loss=torch.where(halved, state.top_loss, state.loss),
-        gradient=put(rows, state.top_gradient, state.gradient),
+        gradient=gradient,
         eta=torch.where(halved, state.eta / 2, state.eta),
         rises=torch.zeros_like(state.rises),
         halved=halved,

@@ -1,10 +1,10 @@
-"""foolbox's DDN and PGD, with every question they ask the model counted by us.
+"""foolbox's PGD, with every question they ask the model counted by us.
 
-foolbox's constants are made for inputs in [0, 1] (DDN starts at radius 1 with steps of length 1), so its attacks see
-inputs scaled to that range. Its success is judged by us, on logits of what it returned.
+foolbox's constants are made for inputs in [0, 1], so its attacks see inputs scaled to that range. Its success is judged
+by us, on logits of what it returned.
 
-Sources: Rauber, Zimmermann, Bethge, Brendel 2020, "Foolbox Native", JOSS 5(53) (doi 10.21105/joss.02607); DDN: Rony
-et al. 2019 (arXiv 1811.09600); PGD: Madry et al. 2018 (arXiv 1706.06083).
+Sources: Rauber, Zimmermann, Bethge, Brendel 2020, "Foolbox Native", JOSS 5(53) (doi 10.21105/joss.02607);
+PGD: Madry et al. 2018 (arXiv 1706.06083).
 """
 
 from __future__ import annotations
@@ -17,37 +17,8 @@ from torch import Tensor, nn
 
 from brittle.attacks.geometry import within
 from brittle.attacks.problem import Problem
-from brittle.attacks.route import Guide, take_bearing
 from brittle.attacks.search import Search
 from brittle.records import AttackRows
-
-LINE_SEARCH = 6
-"""Halvings at the end."""
-
-RIVALS = 5
-"""Classes among which DDN's last third looks for the nearest."""
-
-SHARP = 20.0
-"""Logits that the clean margin counts for in the last third."""
-
-
-def ddn(problem: Problem, *, generator: torch.Generator, steps: int = 100) -> AttackRows:
-    """Decoupled direction and norm, a minimal-norm attack in L2.
-
-    Two thirds of the steps climb the cross entropy; the last third goes for the rival that is nearest to first order
-    (or the target), with logits so large that its cross entropy looks at one rival at a time: by the first alone
-    linear models of five classes came out up to 16 % too far. The gap to the input is halved at the end, since the
-    last steps are a hundredth of the bounds' width. Cost: at most 1 + 5 + `steps` + 8 evaluations an input.
-    """
-    search, attack = Search(problem), foolbox().attacks.DDNAttack
-    with search:
-        clean = search.look(problem.inputs)
-        bearing = take_bearing(search, Guide.margin(problem), clean, RIVALS, generator)
-        _ask(search, attack(steps=steps - steps // 3), generator)
-        sharpness = SHARP / problem.margin(clean).abs().clamp_min(torch.finfo(clean.dtype).tiny)
-        _ask(search, attack(steps=steps // 3), generator, bearing.rivals[:, 0], sharpness[:, None])
-        search.pull_in(LINE_SEARCH)
-    return search.rows("DDN", "minimal")
 
 
 def pgd(problem: Problem, epsilon: float, *, generator: torch.Generator, steps: int = 40) -> AttackRows:
@@ -67,25 +38,16 @@ def _ask(
     search: Search,
     attack: Any,
     generator: torch.Generator,
-    targets: Tensor | None = None,
-    sharpness: Tensor | None = None,
     **options: float,
 ) -> None:
-    """Run a foolbox attack, scaled to [0, 1], and show what it returns to the search.
-
-    Args:
-        targets: (B,) classes to go for in place of the problem's goal.
-        sharpness: (B, 1) by which logits are multiplied.
-    """
+    """Run a foolbox attack, scaled to [0, 1], and show what it returns to the search."""
     problem = search.problem
     low, wide = _scale(problem)
     inputs = ((problem.inputs - low) / wide).clamp(0, 1)
-    model = foolbox().PyTorchModel(_Scaled(search, sharpness).eval(), bounds=(0, 1), device=inputs.device)
+    model = foolbox().PyTorchModel(_Scaled(search).eval(), bounds=(0, 1), device=inputs.device)
     with torch.random.fork_rng([inputs.device] if inputs.is_cuda else []):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        points = attack.run(
-            model, inputs, _criterion(problem if targets is None else problem.aimed(targets)), **options
-        )
+        points = attack.run(model, inputs, _criterion(problem), **options)
     search.look(within(low + points.detach() * wide, problem.bounds))
 
 
@@ -113,15 +75,14 @@ def foolbox() -> Any:
 class _Scaled(nn.Module):
     """The logits of inputs scaled to [0, 1], counted."""
 
-    def __init__(self, search: Search, sharpness: Tensor | None) -> None:
+    def __init__(self, search: Search) -> None:
         super().__init__()
-        self._search, self._sharpness = search, sharpness
+        self._search = search
 
     def forward(self, inputs: Tensor) -> Tensor:
         low, wide = _scale(self._search.problem)
         raw = inputs if (low, wide) == (0, 1) else low + inputs * wide
-        logits = _InputGradient.apply(raw, self._search)
-        return logits if self._sharpness is None else logits * self._sharpness
+        return _InputGradient.apply(raw, self._search)
 
 
 class _InputGradient(torch.autograd.Function):

@@ -39,12 +39,12 @@ HALVINGS = 40
 """Of the interval of t in L1."""
 
 
-def within(points: Tensor, bounds: Bounds) -> Tensor:
-    """The nearest points within the bounds."""
+def within(points: Tensor, bounds: Bounds, out: Tensor | None = None) -> Tensor:
+    """The nearest points within the bounds, written to `out` if given."""
     low, high = bounds
     if isinstance(low, Tensor) or isinstance(high, Tensor):
-        return points.clamp(torch.as_tensor(low).to(points), torch.as_tensor(high).to(points))
-    return points.clamp(low, high)
+        return torch.clamp(points, torch.as_tensor(low).to(points), torch.as_tensor(high).to(points), out=out)
+    return torch.clamp(points, low, high, out=out)
 
 
 def width(bounds: Bounds) -> float:
@@ -58,7 +58,7 @@ def size(offset: Tensor, norm: Norm) -> Tensor:
     if norm == "l2":
         return flat.norm(dim=1)
     if norm == "linf":
-        return flat.abs().amax(1)
+        return torch.maximum(flat.amax(1), -flat.amin(1))  # no copy of the offset is made
     return flat.abs().sum(1) if norm == "l1" else (flat != 0).sum(1).to(flat)
 
 
@@ -75,27 +75,36 @@ def dual_size(gradient: Tensor, norm: Norm) -> Tensor:
 
 def distance(inputs: Tensor, others: Tensor, norm: Norm) -> Tensor:
     """Distance of each input to its counterpart, (B,), computed in float64."""
-    return size(others.double() - inputs.double(), norm)
+    return size(others.double() - inputs, norm)
 
 
-def steepest(gradient: Tensor, norm: Norm, generator: torch.Generator | None = None) -> Tensor:
+def steepest(
+    gradient: Tensor, norm: Norm, generator: torch.Generator | None = None, out: Tensor | None = None
+) -> Tensor:
     """The direction of size 1 that climbs fastest: g / |g| in L2, sign(g) in Linf, one coordinate in L1 and L0.
 
-    Where a gradient vanishes or is not finite a random direction takes its place (drawn from `generator`).
+    Where a gradient vanishes or is not finite a random direction takes its place (drawn from `generator`). In L2 and
+    Linf it is written to `out` if given, which may not be the gradient.
     """
-    length = size(gradient, "l1")  # of a tiny gradient it does not underflow as that in L2 does
+    if norm == "l2" and len(gradient):
+        length = size(gradient, "l2")
+        least = torch.finfo(length.dtype).tiny ** 0.4  # above it no square underflows that counts
+        if least < length.min().item() <= length.max().item() < torch.inf:
+            return torch.div(gradient, spread(length, gradient), out=out)
+    # of a tiny gradient the size in L1 does not underflow as that in L2 does
+    length = torch.abs(gradient, out=out).flatten(1).sum(1)
     if len(length) and not 0 < length.min().item() <= length.max().item() < torch.inf:
         lost = ~((length > 0) & length.isfinite())
         noise = torch.randn(gradient.shape, generator=generator, dtype=gradient.dtype).to(gradient.device)
         gradient = torch.where(spread(lost, gradient), noise, gradient)
     if norm == "linf":
-        return gradient.sign()
+        return torch.sign(gradient, out=out)
     if norm in ("l1", "l0"):
         flat = gradient.flatten(1)
         top = flat.abs().argmax(1, keepdim=True)
         return torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign()).reshape(gradient.shape)
     scaled = gradient / spread(size(gradient, "linf"), gradient)  # so that squares do not underflow
-    return scaled / spread(size(scaled, "l2"), gradient)
+    return torch.div(scaled, spread(size(scaled, "l2"), gradient), out=out)
 
 
 def spread(values: Tensor, like: Tensor) -> Tensor:
@@ -103,9 +112,13 @@ def spread(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
-def put(rows: Tensor, these: Tensor, others: Tensor) -> Tensor:
-    """The inputs of `others` with some rows (B',) int64 from `these`; faster than a `where` that is broadcast."""
-    return others.index_copy(0, rows, these.index_select(0, rows))
+def put(rows: Tensor, these: Tensor, others: Tensor, spare: Tensor) -> None:
+    """Write some rows (B',) int64 of `these` over those of `others`; faster than a `where` that is broadcast.
+
+    spare: (B, *input), contiguous; what it held is lost.
+    """
+    if len(rows):
+        others.index_copy_(0, rows, torch.index_select(these, 0, rows, out=spare[: len(rows)]))
 
 
 def room(inputs: Tensor, bounds: Bounds, norm: Norm) -> Tensor:
@@ -122,12 +135,15 @@ def into_ball(points: Tensor, centres: Tensor, radius: Tensor, bounds: Bounds, n
     return ball(centres, radius, bounds, norm)(points)
 
 
-def ball(centres: Tensor, radius: Tensor, bounds: Bounds, norm: Norm) -> Projection:
-    """`into_ball` for many points: in Linf the ball is a box, whose corners are found once."""
+def ball(centres: Tensor, radius: Tensor, bounds: Bounds, norm: Norm, over: bool = False) -> Projection:
+    """`into_ball` for many points: in Linf the ball is a box, whose corners are found once.
+
+    over: the projection may write its result over its argument.
+    """
     if norm == "linf":
         reach = spread(radius, centres)
         low, high = within(centres - reach, bounds), within(centres + reach, bounds)
-        return lambda points: points.clamp(low, high)
+        return lambda points: torch.clamp(points, low, high, out=points if over else None)
     if norm == "l2":
         return lambda points: _along(centres, points - centres, radius, bounds, longest=1.0)
     if norm == "l1":

@@ -25,9 +25,10 @@ import torch
 from brittle.attacks.apgd import auto_pgd
 from brittle.attacks.apgd_targets import auto_pgd_targets
 from brittle.attacks.bisection import auto_pgd_minimal
+from brittle.attacks.ddn import ddn
 from brittle.attacks.fab import fab
 from brittle.attacks.fmn import fmn
-from brittle.attacks.foolbox_suite import ddn, pgd
+from brittle.attacks.foolbox_suite import pgd
 from brittle.attacks.hole_seeking import seek_holes
 from brittle.attacks.isolation import Attack
 from brittle.attacks.neighbours import Neighbours, from_neighbours

@@ -52,6 +52,7 @@ class Search:
         self.evaluations = torch.zeros(len(problem), dtype=torch.int64, device=problem.inputs.device)
         self.backwards = torch.zeros_like(self.evaluations)
         self._done = torch.zeros_like(self.evaluations, dtype=torch.bool)
+        self._here, self._offset = torch.empty_like(self.inputs), torch.empty_like(self.inputs)  # what `_see` looks at
         self._every = torch.arange(len(problem), device=problem.inputs.device)
 
     def __enter__(self) -> Search:
@@ -168,14 +169,16 @@ class Search:
         if not len(seen):
             return
         ours, logits, margin = self._every[rows][seen], logits[seen], margin[seen]
-        far = size(points.index_select(0, seen) - problem.inputs.index_select(0, ours), problem.norm)
+        here = torch.index_select(points, 0, seen, out=self._here[: len(seen)])
+        offset = torch.index_select(problem.inputs, 0, ours, out=self._offset[: len(seen)])
+        far = size(torch.sub(here, offset, out=offset), problem.norm)
         cost = far if self._keep == "nearest" else margin
         better = (margin < -doubt(logits)) & (cost < self.best[ours])
         if self._epsilon is not None:
             better &= far <= self._epsilon * (1 + ROUNDING)
         kept = better.nonzero()[:, 0]
         ours, far = ours[kept], far[kept]
-        self.inputs.index_copy_(0, ours, points.index_select(0, seen[kept]))
+        self.inputs.index_copy_(0, ours, torch.index_select(here, 0, kept, out=offset[: len(kept)]))
         self.classes[ours] = logits[kept].argmax(1)
         self.best[ours] = cost[kept]
         if problem.enough is not None:

@@ -24,12 +24,14 @@ from torch import Tensor
 from brittle.attacks import auto_pgd, auto_pgd_minimal, seek_holes
 from brittle.attacks.apgd import checkpoints
 from brittle.attacks.apgd_targets import auto_pgd_targets
+from brittle.attacks.ddn import ddn, step_out
 from brittle.attacks.fab import fab
 from brittle.attacks.fmn import fmn
-from brittle.attacks.foolbox_suite import ddn, pgd
+from brittle.attacks.foolbox_suite import pgd
 from brittle.attacks.geometry import size
 from brittle.attacks.planes import to_plane
 from brittle.attacks.problem import Problem
+from brittle.attacks.search import Search
 from brittle.attacks.square import square
 from brittle.records import AttackRows, Norm
 
@@ -221,6 +223,27 @@ def test_fixed_attacks_keep_their_budget_and_miss_few(attack: Attack, norm: Norm
     assert rows.success[least < 0.9 * epsilon].double().mean() >= 0.8
     assert torch.equal(rows.adversarials[~rows.success], problem.inputs[~rows.success])
     assert rows.distance[~rows.success].isinf().all()
+
+
+def test_ddn_is_that_of_foolbox() -> None:
+    """The nearest success after so many steps is the same; foolbox changes the radius by single-precision factors."""
+    foolbox = pytest.importorskip("foolbox")
+    problem = linear_problem("l2", at_bounds=True)
+    low, wide = problem.bounds[0], problem.bounds[1] - problem.bounds[0]
+
+    class Scaled(torch.nn.Module):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return problem.logits(low + wide * inputs)
+
+    model = foolbox.PyTorchModel(Scaled().eval(), bounds=(0, 1), device="cpu")
+    for steps in (10, 25, 60):
+        search = Search(problem)
+        step_out(problem, search, steps, generator())
+        criterion = foolbox.criteria.Misclassification(problem.labels)
+        theirs = foolbox.attacks.DDNAttack(steps=steps).run(model, (problem.inputs - low) / wide, criterion)
+        found = search.best.isfinite()
+        assert found.any()
+        torch.testing.assert_close(search.inputs[found], (low + wide * theirs)[found], rtol=1e-3, atol=1e-5)
 
 
 def test_checkpoints_are_those_of_the_paper() -> None:

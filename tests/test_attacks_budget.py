@@ -13,9 +13,10 @@ from torch import Tensor
 
 from brittle.attacks import auto_pgd, auto_pgd_minimal, seek_holes
 from brittle.attacks.apgd_targets import auto_pgd_targets
+from brittle.attacks.ddn import ddn
 from brittle.attacks.fab import fab
 from brittle.attacks.fmn import fmn
-from brittle.attacks.foolbox_suite import ddn, pgd
+from brittle.attacks.foolbox_suite import pgd
 from brittle.attacks.isolation import attacked
 from brittle.attacks.search import Search
 from brittle.attacks.square import square
