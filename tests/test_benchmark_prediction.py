@@ -160,3 +160,12 @@ def test_sizes_are_as_they_are_said_to_be() -> None:
     assert networks.FULL.sealed >= 10_000
     assert [of.train for of in networks.SETS] == [1_000, 10_000, 10_000]
     assert {f.name for f in fields(Size)} >= {"calibration", "sealed"}
+
+
+def test_distances_and_planted_regions_are_parts_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(benchmark.radius, "run", lambda *given: asked.append(given) or {"radius_wins": 2})
+    monkeypatch.setattr(benchmark.planted, "run", lambda *given: asked.append(given) or {"found": 1.0})
+    found = benchmark.run(networks.QUICK, tmp_path, tmp_path, True, ("radius", "planted"), ())
+    assert found == {"radius_wins": 2, "planted": {"found": 1.0}}
+    assert asked == [(tmp_path / "radius", True), (tmp_path, tmp_path / "planted", True)]

@@ -84,7 +84,7 @@ def run(size: Size, root: Path, cache: Path, quick: bool, parts: Sequence[str], 
     if "probes" in parts:
         found["probe_wins"] = sum(row["probe_win"] for row in found["probes"].values())
     if "radius" in parts:
-        found |= radius.radius(cache / "attacks", quick)
+        found |= radius.run(cache / "radius", quick)
     if "planted" in parts:
         found["planted"] = planted.run(root, cache / "planted", quick)
     return found
