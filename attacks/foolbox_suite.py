@@ -1,6 +1,6 @@
-"""foolbox's PGD, with every question they ask the model counted by us.
+"""foolbox's PGD, with every question that it asks the model counted by us.
 
-foolbox's constants are made for inputs in [0, 1], so its attacks see inputs scaled to that range. Its success is judged
+foolbox's constants are made for inputs in [0, 1], so it sees inputs scaled to that range. Its success is judged
 by us, on logits of what it returned.
 
 Sources: Rauber, Zimmermann, Bethge, Brendel 2020, "Foolbox Native", JOSS 5(53) (doi 10.21105/joss.02607);
