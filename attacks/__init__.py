@@ -21,6 +21,7 @@ from brittle.attacks.problem import Problem
 from brittle.attacks.reach import reach
 from brittle.attacks.route import Guide, Route
 from brittle.attacks.square import square
+from brittle.attacks.vicinity import Vicinity, by_vicinity
 
 __all__ = [
     "Guide",
@@ -28,10 +29,12 @@ __all__ = [
     "Neighbours",
     "Problem",
     "Route",
+    "Vicinity",
     "attacked",
     "auto_pgd",
     "auto_pgd_minimal",
     "auto_pgd_targets",
+    "by_vicinity",
     "ddn",
     "fab",
     "fmn",

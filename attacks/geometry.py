@@ -86,10 +86,12 @@ def steepest(
     Where a gradient vanishes or is not finite a random direction takes its place (drawn from `generator`). In L2 and
     Linf it is written to `out` if given, which may not be the gradient.
     """
-    if norm == "l2" and len(gradient):
+    if norm in ("l2", "linf") and len(gradient):
         length = size(gradient, "l2")
         least = torch.finfo(length.dtype).tiny ** 0.4  # above it no square underflows that counts
         if least < length.min().item() <= length.max().item() < torch.inf:
+            if norm == "linf":
+                return torch.sign(gradient, out=out)
             return torch.div(gradient, spread(length, gradient), out=out)
     # of a tiny gradient the size in L1 does not underflow as that in L2 does
     length = torch.abs(gradient, out=out).flatten(1).sum(1)

@@ -6,6 +6,7 @@
     FAB              minimal   L1, L2, Linf
     APGD bisection   minimal   L2, Linf
     neighbours       minimal   L2, Linf            from training neighbours
+    vicinity         minimal   L2, Linf            by way of disturbed weights
     PGD              fixed     L2, Linf
     APGD-CE          fixed     L2, Linf
     APGD-T           fixed     L2, Linf            the DLR towards each rival
@@ -34,6 +35,7 @@ from brittle.attacks.isolation import Attack
 from brittle.attacks.neighbours import Neighbours, from_neighbours
 from brittle.attacks.route import Guide
 from brittle.attacks.square import square
+from brittle.attacks.vicinity import Vicinity, by_vicinity
 from brittle.errors import UsageError
 from brittle.records import AttackRows, Norm
 from brittle.subject import Subject
@@ -56,6 +58,7 @@ class Setting:
     epsilon: float
     guide: Guide | None
     near: Neighbours
+    vicinity: Vicinity
     generator: torch.Generator
 
 
@@ -111,6 +114,9 @@ SUITE: dict[str, Member] = {
     "neighbours": Member(
         DENSE, lambda s, steps: partial(from_neighbours, near=s.near, generator=s.generator, steps=steps)
     ),
+    "vicinity": Member(
+        DENSE, lambda s, steps: partial(by_vicinity, vicinity=s.vicinity, generator=s.generator, steps=steps)
+    ),
     "PGD": Member(DENSE, _within(pgd), fixed=True),
     "APGD-CE": Member(DENSE, _within(auto_pgd), fixed=True),
     "APGD-T": Member(DENSE, _targets, fixed=True),
@@ -119,7 +125,15 @@ SUITE: dict[str, Member] = {
 """By the name that their rows carry; `brittle attack --attack` takes them in any case."""
 
 BUDGETS: dict[str, dict[str, int]] = {
-    "quick": {"hole-seeking": 100, "DDN": 100, "FMN": 60, "APGD bisection": 120, "APGD-CE": 20, "Square": 50},
+    "quick": {
+        "hole-seeking": 100,
+        "DDN": 100,
+        "FMN": 60,
+        "APGD bisection": 120,
+        "vicinity": 100,
+        "APGD-CE": 20,
+        "Square": 50,
+    },
     "standard": {
         "hole-seeking": 300,
         "DDN": 200,
@@ -127,6 +141,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "FAB": 150,
         "APGD bisection": 400,
         "neighbours": 60,
+        "vicinity": 400,
         "PGD": 40,
         "APGD-CE": 100,
         "APGD-T": 250,
@@ -139,6 +154,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "FAB": 500,
         "APGD bisection": 1200,
         "neighbours": 150,
+        "vicinity": 1000,
         "PGD": 200,
         "APGD-CE": 200,
         "APGD-T": 900,

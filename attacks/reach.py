@@ -25,7 +25,7 @@ from torch import Tensor
 
 from brittle.attacks.descent import half_cosine
 from brittle.attacks.geometry import dual_size, into_ball, onto_sphere, room, size, spread, steepest
-from brittle.attacks.losses import margin, soft_margin
+from brittle.attacks.losses import soft_margin
 from brittle.attacks.problem import Logits, Problem
 
 LENGTH, GROWTH, TEMPERATURE = (2.0, 0.5), (0.3, 0.05), (0.18, 0.012)
@@ -62,7 +62,7 @@ def reach(
     """Newton's method on the least margin against the radius, K = `steps` gradient passes an input.
 
     Args:
-        problem: inputs that are right, with their classes; in L2 or Linf.
+        problem: inputs that are right, with their classes, or with targets; in L2 or Linf.
         through: networks that the passes go through in turn; the problem's own where left out.
         start: the first points, (M, *input), within the bounds; the inputs themselves where left out.
         radius: the first r, (M,); the first-order distance where left out.
@@ -72,20 +72,20 @@ def reach(
     Cost: `steps` gradient passes an input, and one forward pass for the clean margin.
     """
     asked = through or (problem.logits,)
-    inputs, labels, norm = problem.inputs, problem.labels, problem.norm
+    inputs, labels, targets, norm = problem.inputs, problem.labels, problem.targets, problem.norm
     points = inputs if start is None else start
     r = inputs.new_full((len(inputs),), torch.inf) if radius is None else radius
     farthest = room(inputs, problem.bounds, norm)
     with torch.no_grad():
-        scale = margin(problem.logits(inputs), labels).abs().clamp_min(1e-6)
+        scale = problem.margin(problem.logits(inputs)).abs().clamp_min(1e-6)
     met = []
     for k in range(steps):
         share = k / steps
         temperature = half_cosine(share, *TEMPERATURE) * scale
         z = points.detach().requires_grad_()
         logits = asked[k % len(asked)](z)
-        (slope,) = torch.autograd.grad(soft_margin(logits, labels, None, temperature).sum(), z)
-        lead, far, steep = margin(logits.detach(), labels), size(points - inputs, norm), dual_size(slope, norm)
+        (slope,) = torch.autograd.grad(soft_margin(logits, labels, targets, temperature).sum(), z)
+        lead, far, steep = problem.margin(logits.detach()), size(points - inputs, norm), dual_size(slope, norm)
         met.append((far, lead, steep))
         root = far + lead / steep.clamp_min(torch.finfo(steep.dtype).tiny)
         g = half_cosine(share, *growth)

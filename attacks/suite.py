@@ -17,6 +17,7 @@ from brittle.attacks.problem import Problem
 from brittle.attacks.route import Guide
 from brittle.attacks.search import Search
 from brittle.attacks.verify import verified
+from brittle.attacks.vicinity import Vicinity
 from brittle.errors import DataError, UsageError
 from brittle.records import AttackRows, Groups, Norm, Queries
 from brittle.shift import MassMap
@@ -67,7 +68,7 @@ def run(
     """
     _check(queries, preset)
     guide = _guide(mass, groups, mass_evaluations)
-    near = Neighbours(subject.train.inputs, subject.train.targets)
+    near, vicinity = Neighbours(subject.train.inputs, subject.train.targets), Vicinity(subject.model, subject.class_logits)
     blocks = [slice(k, min(k + BLOCK, len(queries))) for k in range(0, len(queries), BLOCK)]
     plan = [(norm, name, steps) for norm in norms for name, steps in members(preset, norm, attacks).items()]
     done = {norm: torch.zeros(len(queries), dtype=torch.bool) for norm in norms}
@@ -75,7 +76,7 @@ def run(
     for k, (norm, name, steps) in enumerate(plan):
         within = (enough or {}).get(norm)
         epsilon = (epsilons or {}).get(norm) or default_epsilon(norm, subject)
-        setting, parts = Setting(norm, epsilon, guide, near, generator), list[AttackRows | Broken]()
+        setting, parts = Setting(norm, epsilon, guide, near, vicinity, generator), list[AttackRows | Broken]()
         for b, block in enumerate(blocks):
             problem = replace(problem_of(subject, queries[block], norm), cap=cap, draws=draws, enough=within)
             parts += _unsettled(SUITE[name].make(setting, steps), problem, done[norm][block])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from brittle.attacks.problem import Problem
 from brittle.attacks.route import Guide
+from brittle.attacks.vicinity import Vicinity
 from brittle.data import Examples
 from brittle.records import Norm, Pairs, Queries
 from brittle.subject import Subject
@@ -68,6 +69,14 @@ def linear_model(problem: Problem) -> Linear:
     """The model behind a linear problem."""
     assert isinstance(problem.logits, Linear)
     return problem.logits
+
+
+def linear_vicinity(problem: Problem) -> Vicinity:
+    """Networks around a linear problem's model."""
+    model = linear_model(problem)
+    layer = nn.Linear(*reversed(model.weight.shape), dtype=model.weight.dtype)
+    layer.load_state_dict({"weight": model.weight, "bias": model.bias})
+    return Vicinity(layer, lambda network, inputs: network(inputs.flatten(1)))
 
 
 def linear_distance(problem: Problem) -> Tensor:

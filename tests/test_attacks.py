@@ -15,6 +15,7 @@ from attack_cases import (
     linear_guide,
     linear_model,
     linear_problem,
+    linear_vicinity,
     linear_worst_margin,
     ring_distance,
     ring_problem,
@@ -33,6 +34,7 @@ from brittle.attacks.planes import to_plane
 from brittle.attacks.problem import Problem
 from brittle.attacks.search import Search
 from brittle.attacks.square import square
+from brittle.attacks.vicinity import by_vicinity
 from brittle.records import AttackRows, Norm
 
 Attack = Callable[..., AttackRows]
@@ -48,6 +50,10 @@ def unled(problem: Problem, *, generator: torch.Generator) -> AttackRows:
     return seek_holes(problem, generator=generator)[0]
 
 
+def vicinal(problem: Problem, *, generator: torch.Generator) -> AttackRows:
+    return by_vicinity(problem, linear_vicinity(problem), generator=generator)
+
+
 def long_fmn(problem: Problem, *, generator: torch.Generator) -> AttackRows:
     return fmn(problem, generator=generator, steps=400)
 
@@ -60,7 +66,7 @@ def long_ddn(problem: Problem, *, generator: torch.Generator) -> AttackRows:
     return ddn(problem, generator=generator, steps=300)
 
 
-MINIMAL: tuple[Attack, ...] = (led, unled, auto_pgd_minimal, long_fab, long_fmn, long_ddn)
+MINIMAL: tuple[Attack, ...] = (led, unled, vicinal, auto_pgd_minimal, long_fab, long_fmn, long_ddn)
 NORMS: tuple[Norm, ...] = ("l2", "linf")
 EPSILON = {"l2": 0.6, "linf": 0.2}
 

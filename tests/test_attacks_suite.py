@@ -62,11 +62,13 @@ def test_every_attack_reports_in_its_norms(rows: list[AttackRows]) -> None:
         ("hole-seeking", "l2", "minimal"),
         ("DDN", "l2", "minimal"),
         ("APGD bisection", "l2", "minimal"),
+        ("vicinity", "l2", "minimal"),
         ("APGD-CE", "l2", "fixed"),
         ("Square", "l2", "fixed"),
         ("hole-seeking", "linf", "minimal"),
         ("FMN", "linf", "minimal"),
         ("APGD bisection", "linf", "minimal"),
+        ("vicinity", "linf", "minimal"),
         ("APGD-CE", "linf", "fixed"),
         ("Square", "linf", "fixed"),
     ]
@@ -161,7 +163,7 @@ def test_progress_counts_blocks_to_the_end(subject: Subject, queries: Queries, m
         norms=("linf",),
         progress=lambda done, total: seen.append((done, total)),
     )
-    assert seen == [(k + 1, 10) for k in range(10)]
+    assert seen == [(k + 1, 12) for k in range(12)]
     assert all(len(r.distance) == 6 for r in found)
 
 

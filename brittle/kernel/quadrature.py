@@ -49,6 +49,23 @@ class Line:
     nodes: int
 
 
+@dataclass(frozen=True)
+class Allowance:
+    """What quadrature may miss on a line, in logits, means of absolute values over M outputs.
+
+    Misses of lines that are alike have a sign in common, so their sum is bounded besides each of them.
+    """
+
+    line: float  # the miss of this line alone
+    total: float  # the sum of the misses up to this line
+    so_far: Tensor  # shape: (M,) that sum before this line
+
+    def covers(self, missed: Tensor) -> bool:
+        """Whether a line may miss its increments by so much. missed: (M,)."""
+        by_line, in_all = missed.abs().mean(), (self.so_far + missed).abs().mean()
+        return by_line.item() <= self.line and in_all.item() <= self.total
+
+
 def midpoints(n: int) -> list[float]:
     """The n midpoints of [0, 1]."""
     return [(k + 0.5) / n for k in range(n)]
@@ -113,7 +130,7 @@ def line_gradient(
     inputs: Tensor,
     pairs: Pairs,
     increment: Tensor,
-    allowed: float,
+    allowance: Allowance,
     nodes: int,
     most: int,
     gauss: bool = False,
@@ -125,7 +142,7 @@ def line_gradient(
         layout: what of it is kept of low rank.
         ends: the states (P,) at both ends.
         increment: f(w_b) - f(w_a), shape (M,).
-        allowed: mean absolute miss (logits) above which the number of nodes is tripled, up to `most`.
+        allowance: where a miss goes beyond it the number of nodes is tripled, up to `most`.
         nodes: the number of midpoints to begin with.
         gauss: take as many Gauss-Legendre nodes instead, and do not refine.
     """
@@ -142,7 +159,7 @@ def line_gradient(
     jacobian = average(midpoints(nodes))
     while True:
         missed = increment - jacobian.dot(displacement)
-        if missed.abs().mean().item() <= allowed or 3 * nodes > most:
+        if allowance.covers(missed) or 3 * nodes > most:
             return Line(jacobian, nodes)
         nodes *= 3
         fresh = [t for k, t in enumerate(midpoints(nodes)) if k % 3 != 1]

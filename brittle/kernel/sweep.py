@@ -38,7 +38,7 @@ from brittle.kernel.credit import Credit, plain
 from brittle.kernel.mixed import Layout, Mixed, rows_of
 from brittle.kernel.precision import lowered
 from brittle.kernel.pull import pulled
-from brittle.kernel.quadrature import Line, check_outputs, line_gradient, output_factors, outputs_at
+from brittle.kernel.quadrature import Allowance, Line, check_outputs, line_gradient, output_factors, outputs_at
 from brittle.kernel.steps import check_step, couples, step_factors, step_parts
 from brittle.path.checkpoints import Checkpoints
 from brittle.path.flat import FlatModel
@@ -70,7 +70,8 @@ class Quadrature:
 
     segment: steps that share one averaged gradient, fewer in a path of less than `SEGMENTS` such, and where the path
     begins. nodes: midpoints to begin with. most: midpoints at most.
-    tolerance: the relative residual aimed at; a segment may miss tolerance * (learned change) / sqrt(segments).
+    tolerance: the relative residual aimed at. Of L segments each may miss tolerance * (learned change) / sqrt(L), and
+        the first l together sqrt(l) times that: as much as misses of either sign come to.
     gauss: Gauss-Legendre nodes, `nodes` of them, in place of midpoints: for smooth models, not refined.
     """
 
@@ -208,7 +209,7 @@ class _Account:
         self.output = self.start = outputs_at(subject, flat, path.final().to(device), inputs, pairs)
         first = outputs_at(subject, flat, path.snapshot(0).state, inputs, pairs)
         learned = (self.output - first).abs().mean().item()
-        self.allowed = q.tolerance * learned / (lines + (path.average is not None)) ** 0.5
+        self.allowed, self.lines = q.tolerance * learned / (lines + (path.average is not None)) ** 0.5, 0
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=device)  # noqa: E731
         self.contributions = zeros(m, len(subject.train))
         self.decay, self.buffers, self.explained, self.moved = zeros(m), zeros(m), zeros(m), zeros(m)
@@ -256,6 +257,12 @@ class _Account:
     def _line(self, low: Tensor, high: Tensor, counts: bool) -> Line:
         """The averaged gradient over a straight line that ends where the account has come to."""
         before, p = outputs_at(self.subject, self.flat, low, self.inputs, self.pairs), self.flat.parameters
+        self.lines += counts
+        allowance = Allowance(
+            line=self.allowed,
+            total=self.allowed * max(self.lines, 1) ** 0.5,
+            so_far=(self.output - self.start).double() - self.moved - self.buffers,
+        )
         line = line_gradient(
             self.subject,
             self.flat,
@@ -263,7 +270,7 @@ class _Account:
             self.inputs,
             self.pairs,
             self.start - before,
-            self.allowed,
+            allowance,
             self.nodes,
             self.q.most,
             self.q.gauss,

@@ -1,0 +1,97 @@
+"""Descents that come by way of the vicinity: networks whose weights are the model's own, disturbed at random.
+
+Descents through one network end in places that its own kinks and flat parts make, and adversarial training makes many.
+Networks of nearly the same weights share its boundary, on the whole, but not those. So each round of this attack first
+searches for the radius (`reach`) through
+
+    w + sigma rms(w_t) xi,        xi ~ N(0, 1) anew in every pass, rms over the tensor t that a weight belongs to,
+
+and then descends through the model itself from where that has led. The last round goes on from the best of all.
+
+States of the late path do as the first part as well, and randomly disturbed weights do better (benchmarks/attacks.md).
+Weights around those that a network was trained to are known from attacks on *other* networks: Gubri, Cordy, Papadakis,
+Le Traon, Sen 2022, "LGV: boosting adversarial example transferability from large geometric vicinity" (arXiv
+2207.13129); Li, Guo, Zuo, Chen 2023, "Making substitute models more Bayesian can enhance transferability of
+adversarial examples" (arXiv 2302.05086).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from brittle.attacks.descent import Descent, descend
+from brittle.attacks.problem import Logits, Problem
+from brittle.attacks.reach import reach
+from brittle.attacks.search import Search
+from brittle.records import AttackRows
+
+SCALES = (0.3, 0.2, 0.1, 0.05)
+"""sigma of each round: what serves best differs from network to network, and from norm to norm."""
+
+LENGTH = (2.0, 0.5)
+"""First and last step through the vicinity, in units of the radius."""
+
+FINE = Descent(step=(0.5, 0.01), radius=(0.05, 0.002))
+"""The descent from there: it stays near, since wide steps lose the place again."""
+
+LAST = Descent(step=(0.2, 0.01), radius=(0.01, 0.0005), temperature=(0.05, 0.001))
+"""The last round's: finer still."""
+
+LINE_SEARCH = 6
+"""Halvings at the end."""
+
+
+class Vicinity:
+    """Networks around a model.
+
+    They share one copy of its weights, and each is there while it is asked: gradients are to be taken before the next.
+
+    Args:
+        model: whose weights are disturbed, in the copy alone.
+        logits: (model, inputs (B, *input)) -> (B, C), as `Subject.class_logits`.
+    """
+
+    def __init__(self, model: nn.Module, logits: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        self._model, self._copy, self._logits = model, copy.deepcopy(model).requires_grad_(False), logits
+
+    def network(self, sigma: float, seed: int) -> Logits:
+        """The model with weights that are sigma away, in units of each tensor's root mean square."""
+
+        def logits(inputs: Tensor) -> Tensor:
+            self._disturb(sigma, torch.Generator().manual_seed(seed))
+            return self._logits(self._copy, inputs)
+
+        return logits
+
+    @torch.no_grad()
+    def _disturb(self, sigma: float, generator: torch.Generator) -> None:
+        for own, other in zip(self._model.parameters(), self._copy.parameters(), strict=True):
+            noise = torch.randn(own.shape, generator=generator).to(own)
+            other.copy_(torch.addcmul(own, own.square().mean().sqrt() * sigma, noise))
+
+
+def by_vicinity(problem: Problem, vicinity: Vicinity, *, generator: torch.Generator, steps: int = 400) -> AttackRows:
+    """A minimal-norm attack in L2 or Linf that comes by way of disturbed weights.
+
+    Args:
+        steps: evaluations, passes through the vicinity among them. Each round's two parts and the last round share
+            them equally.
+
+    Cost: at most `steps` evaluations an input.
+    """
+    search, part = Search(problem), max(1, (steps - 1 - len(SCALES) - LINE_SEARCH) // (2 * len(SCALES) + 1))
+    with search:
+        scale = problem.margin(search.look(problem.inputs)).abs()
+        for sigma in SCALES:
+            seeds = torch.randint(2**62, (part,), generator=generator).tolist()
+            search.charge(part + 1, backwards=part)
+            networks = [vicinity.network(sigma, seed) for seed in seeds]
+            led = reach(problem, part, through=networks, length=LENGTH, generator=generator)
+            descend(problem, search, led.points, scale, FINE, part, generator)
+        descend(problem, search, search.inputs.clone(), scale, LAST, part, generator)
+        search.pull_in(LINE_SEARCH)
+    return search.rows("vicinity", "minimal")
