@@ -3,8 +3,9 @@
     python -m benchmarks.sweep
 
 The Fashion-MNIST CNN on 10,000 images, 10 epochs of stochastic gradient descent with momentum; 256 test images. In
-alternating rounds: the bare training loop on tensors in RAM, and the sweep over its recorded path with segments of
-`SEGMENT` steps. Then, for the first 32 of the queries, the step-by-step ledger with 16 midpoints in every step.
+alternating rounds: the bare training loop on tensors in RAM, and the sweep over its recorded path, of which every state
+was kept, with segments of 28 steps. Then, for the first 32 of the queries, the step-by-step ledger with 16 midpoints in
+every step.
 
     vs_training          seconds of the sweep over seconds of the training, medians of the rounds
     cosine               median over 32 queries, contributions of all examples against the step-by-step ledger
@@ -16,10 +17,12 @@ Fashion-MNIST lies in torchvision's layout under BRITTLE_DATA.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -28,7 +31,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -36,6 +39,7 @@ from benchmarks.bars import missed, shown
 from benchmarks.data import unnamed
 from brittle.examples.fashion_mnist import make, network
 from brittle.kernel.sweep import Quadrature, Swept, sweep
+from brittle.path.recorder import Recorder
 from brittle.path.store import PathReader
 from brittle.records import Pairs
 from brittle.subject import Subject
@@ -113,22 +117,27 @@ def run(size: Size, folder: Path) -> dict[str, Any]:
 
 
 def recorded(size: Size, folder: Path) -> Subject:
-    """The subject: its training recorded once, outside of the rounds."""
-    return make(epochs=size.epochs, limit=size.images, cache=str(folder))
+    """The subject: its training recorded once, outside of the rounds, every state of it (180 MB)."""
+    subject, path = make(epochs=1, limit=size.images, cache=str(folder / "data")), folder / "path"
+    return replace(subject, model=train(subject, size, path), path=path)
 
 
-def train(subject: Subject, size: Size) -> None:
-    """The loop of `brittle.examples.training` without anything besides, on tensors in RAM."""
+def train(subject: Subject, size: Size, path: Path | None = None) -> nn.Module:
+    """Stochastic gradient descent with momentum and a cosine on tensors in RAM; bare where no path is named."""
     model, order, (mean, std) = network(0).train(), torch.Generator().manual_seed(0), subject.normalize or (0, 1)
     inputs, targets = (subject.train.inputs - mean) / std, subject.train.targets
     optimizer = SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
     schedule = CosineAnnealingLR(optimizer, size.epochs * -(-len(inputs) // BATCH))
-    for _ in range(size.epochs):
-        for ids in torch.randperm(len(inputs), generator=order).split(BATCH):
-            optimizer.zero_grad()
-            F.cross_entropy(model(inputs[ids]), targets[ids]).backward()
-            optimizer.step()
-            schedule.step()
+    with Recorder(model, optimizer, path, writing=math.inf) if path else nullcontext() as recorder:
+        for _ in range(size.epochs):
+            for ids in torch.randperm(len(inputs), generator=order).split(BATCH):
+                optimizer.zero_grad()
+                F.cross_entropy(model(inputs[ids]), targets[ids]).backward()
+                if recorder:
+                    recorder.batch(ids)
+                optimizer.step()
+                schedule.step()
+    return model.eval()
 
 
 def agreement(path: PathReader, subject: Subject, swept: Swept, inputs: Tensor, pairs: Pairs) -> Tensor:

@@ -18,7 +18,7 @@ from brittle.kernel.lowrank import LowRank, added
 from brittle.kernel.mixed import Layout, Mixed
 from brittle.path.rules import StepRule, pull_back
 
-LEFT_OUT = 1e-3
+LEFT_OUT = 3e-3
 """Share of a matrix's norm that may be left out for fewer terms."""
 
 IN_HAND = torch.tensor([1.0, 0.0])
