@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from brittle.attacks.descent import half_cosine
-from brittle.attacks.geometry import room, size, spread, steepest, width, within
+from brittle.attacks.geometry import room, size, spread, steepest
 from brittle.attacks.losses import cross_entropy
 from brittle.attacks.problem import Problem
 from brittle.attacks.route import Guide, take_bearing
 from brittle.attacks.search import Search
+from brittle.bounds import width, within
 from brittle.records import AttackRows
 
 GAMMA = 0.05

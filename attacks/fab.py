@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from brittle.attacks.descent import half_cosine
-from brittle.attacks.geometry import size, spread, within
+from brittle.attacks.geometry import size, spread
 from brittle.attacks.losses import soft_margin
 from brittle.attacks.planes import to_plane
 from brittle.attacks.problem import Problem
 from brittle.attacks.route import Guide, take_bearing
 from brittle.attacks.search import Search
+from brittle.bounds import within
 from brittle.records import AttackRows
 
 OVERSHOOT, MOST_BIAS, BACKWARD = 1.05, 0.1, 0.9

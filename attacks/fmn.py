@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from brittle.attacks.descent import half_cosine
-from brittle.attacks.geometry import dual_size, into_ball, room, size, steepest, width, within
+from brittle.attacks.geometry import dual_size, into_ball, room, size, steepest
 from brittle.attacks.losses import soft_margin
 from brittle.attacks.problem import Problem
 from brittle.attacks.route import Guide, take_bearing
 from brittle.attacks.search import Search
+from brittle.bounds import width, within
 from brittle.records import AttackRows
 
 SHRINK = (0.05, 1e-4)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brittle.attacks.geometry import within
 from brittle.attacks.problem import Problem
 from brittle.attacks.search import Search
+from brittle.bounds import within
 from brittle.records import AttackRows
 
 

@@ -21,10 +21,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from brittle.bounds import Bounds, within
 from brittle.records import Norm
-
-Bounds = tuple[float, float] | tuple[Tensor, Tensor]
-"""Smallest and largest value of an input: numbers, or tensors that broadcast over one, such as (C, 1, 1)."""
 
 Projection = Callable[[Tensor], Tensor]
 """Points (B, *input) -> points."""
@@ -37,19 +35,6 @@ SETTLED = 1e-4
 
 HALVINGS = 40
 """Of the interval of t in L1."""
-
-
-def within(points: Tensor, bounds: Bounds, out: Tensor | None = None) -> Tensor:
-    """The nearest points within the bounds, written to `out` if given."""
-    low, high = bounds
-    if isinstance(low, Tensor) or isinstance(high, Tensor):
-        return torch.clamp(points, torch.as_tensor(low).to(points), torch.as_tensor(high).to(points), out=out)
-    return torch.clamp(points, low, high, out=out)
-
-
-def width(bounds: Bounds) -> float:
-    """The widest range that a value has."""
-    return float(torch.as_tensor(bounds[1] - bounds[0]).max())
 
 
 def size(offset: Tensor, norm: Norm) -> Tensor:

@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from brittle.attacks.apgd import Climb, climb
-from brittle.attacks.geometry import room, spread, within
+from brittle.attacks.geometry import room, spread
 from brittle.attacks.problem import Problem
 from brittle.attacks.returned import Check, distances, eight_bits, graded, labels
 from brittle.attacks.search import Search
+from brittle.bounds import within
 from brittle.records import AttackRows
 
 SAMPLE = 50

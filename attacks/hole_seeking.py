@@ -26,10 +26,11 @@ from torch import Tensor
 
 from brittle.attacks.apgd import Climb, climb
 from brittle.attacks.descent import Descent, descend
-from brittle.attacks.geometry import spread, steepest, within
+from brittle.attacks.geometry import spread, steepest
 from brittle.attacks.problem import Problem
 from brittle.attacks.route import Bearing, Guide, Route, random_bearing, take_bearing, trace
 from brittle.attacks.search import Search
+from brittle.bounds import within
 from brittle.records import AttackRows
 
 NAME = "hole-seeking"

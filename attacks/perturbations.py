@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
+from brittle.bounds import Bounds, within
 from brittle.probes import Family, image_families
 from brittle.probes.family import column
 from brittle.records import Progress, Queries
@@ -55,7 +56,7 @@ class Severities:
     evaluations: Tensor  # shape: (M,) int64 forward passes
 
 
-def perturbations(input_shape: Sequence[int], bounds: tuple[float, float]) -> tuple[Family, ...]:
+def perturbations(input_shape: Sequence[int], bounds: Bounds) -> tuple[Family, ...]:
     """All families for images. Raises `DataError` where the inputs are none."""
     low, high = bounds
     side = tuple(input_shape[-2:])
@@ -67,7 +68,7 @@ def perturbations(input_shape: Sequence[int], bounds: tuple[float, float]) -> tu
         theta[:, 0, 0] = theta[:, 1, 1] = 1 / factor
         grid = F.affine_grid(theta, list(images.shape), align_corners=False)
         drawn = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-        return torch.where(column(severity, images) == 0, images, drawn).clamp(low, high).reshape(inputs.shape)
+        return within(torch.where(column(severity, images) == 0, images, drawn), bounds).reshape(inputs.shape)
 
     def jpeg(inputs: Tensor, severity: Tensor, _: Tensor) -> Tensor:
         rows = zip(inputs.reshape(len(inputs), -1, *side), severity.tolist(), strict=True)
@@ -144,7 +145,7 @@ def failure_severities(
     return found
 
 
-def _written(image: Tensor, quality: float, low: float, high: float) -> Tensor:
+def _written(image: Tensor, quality: float, low: float | Tensor, high: float | Tensor) -> Tensor:
     """An image (C, H, W) after it was a JPEG; colours together where there are three, else each channel alone."""
     levels = ((image.cpu() - low) / (high - low) * LARGEST).round().clamp(0, LARGEST).to(torch.uint8)
     planes = [levels] if len(levels) == 3 else list(levels[:, None])

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from brittle.attacks.geometry import Bounds
+from brittle.bounds import Bounds
 from brittle.records import Norm
 
 

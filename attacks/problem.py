@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from brittle.attacks.geometry import Bounds
 from brittle.attacks.losses import margin
+from brittle.bounds import Bounds
 from brittle.errors import UsageError
 from brittle.records import Norm
 

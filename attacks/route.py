@@ -23,9 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from brittle.attacks.geometry import dual_size, room, spread, steepest, within
+from brittle.attacks.geometry import dual_size, room, spread, steepest
 from brittle.attacks.problem import Problem
 from brittle.attacks.search import Search
+from brittle.bounds import within
 from brittle.errors import DataError
 from brittle.records import Pairs
 from brittle.shift import MassMap

@@ -22,8 +22,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from brittle.attacks.geometry import distance, size, spread, within
+from brittle.attacks.geometry import distance, size, spread
 from brittle.attacks.problem import EVERY, Problem, Rows, doubt
+from brittle.bounds import within
 from brittle.records import AttackRows
 
 ROUNDING = 1e-6

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from brittle.attacks.geometry import into_ball, size, spread, within
+from brittle.attacks.geometry import into_ball, size, spread
 from brittle.attacks.problem import Problem
 from brittle.attacks.search import Search
+from brittle.bounds import within
 from brittle.records import AttackRows
 
 FIRST_SHARE = {"linf": 0.8, "l2": 0.1}

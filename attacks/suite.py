@@ -18,6 +18,7 @@ from brittle.attacks.route import Guide
 from brittle.attacks.search import Search
 from brittle.attacks.verify import verified
 from brittle.attacks.vicinity import Vicinity
+from brittle.bounds import moved
 from brittle.errors import DataError, UsageError
 from brittle.records import AttackRows, Groups, Norm, Queries
 from brittle.shift import MassMap
@@ -111,7 +112,8 @@ def problem_of(subject: Subject, queries: Queries, norm: Norm) -> Problem:
     """The queries on the model's device."""
     device = next(subject.model.parameters()).device
     logits = partial(subject.class_logits, subject.model)
-    return Problem(logits, queries.inputs.to(device), queries.targets.to(device), norm, subject.bounds)
+    bounds = moved(subject.bounds, device)
+    return Problem(logits, queries.inputs.to(device), queries.targets.to(device), norm, bounds)
 
 
 def _guide(mass: MassMap | None, groups: Groups | None, evaluations: int | None) -> Guide | None:

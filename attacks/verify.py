@@ -26,12 +26,12 @@ def verified(rows: AttackRows, subject: Subject, queries: Queries) -> AttackRows
 
     Cost: one forward pass an input, not counted among the attack's evaluations.
     """
-    low, high = subject.bounds
-    flat, wrong = rows.adversarials.flatten(1), _wrong(rows)
-    stands = rows.success & flat.isfinite().all(1) & (flat >= low).all(1) & (flat <= high).all(1)
+    (low, high), (least, most), found = subject.bounds, subject.range, rows.adversarials
+    fine = found.isfinite() & (found >= low) & (found <= high)
+    wrong, stands = _wrong(rows), rows.success & fine.flatten(1).all(1)
     far = distance(queries.inputs, rows.adversarials, rows.norm)
     if rows.epsilon is not None:
-        stands &= far <= rows.epsilon * (1 + ROUNDING) + ROUNDING * (high - low)
+        stands &= far <= rows.epsilon * (1 + ROUNDING) + ROUNDING * (most - least)
     inputs = torch.where(spread(stands, rows.adversarials), rows.adversarials, queries.inputs)
     classes = subject.predict(inputs).argmax(1)
     stands &= classes != queries.targets

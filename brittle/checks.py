@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from brittle.blame import described
+from brittle.bounds import Bounds
 from brittle.errors import DataError, ModelError, NotFiniteError
 
 CHECKED = 4096
@@ -91,18 +92,24 @@ def checked_groups(labels: Any, count: int) -> tuple[str, ...]:
     return tuple(map(str, labels.tolist() if hasattr(labels, "tolist") else labels))
 
 
-def checked_bounds(bounds: Any) -> tuple[float, float]:
-    """The smallest and the largest value of a raw input: two finite numbers, the smaller first."""
+def checked_bounds(bounds: Any, shape: torch.Size) -> Bounds:
+    """The smallest and the largest value of a raw input of `shape`: two numbers, or tensors that broadcast over one.
+
+    One value a channel is the first axis.
+    """
     try:
-        low, high = (float(b) for b in bounds)
-    except (TypeError, ValueError):
-        low = high = float("nan")
-    if not -np.inf < low < high < np.inf:
+        low, high = (torch.as_tensor(b, dtype=torch.get_default_dtype()) for b in bounds)
+        single = low.dim() == high.dim() == 0
+        low, high = (b.reshape(-1, *[1] * (len(shape) - 1)) if b.dim() == 1 else b for b in (low, high))
+        fits = all(torch.broadcast_shapes(b.shape, shape) == shape for b in (low, high))
+    except (TypeError, ValueError, RuntimeError):
+        fits = False
+    if not fits or not (low.isfinite().all() and high.isfinite().all() and (low < high).all()):
         raise DataError(
-            f"bounds must be two finite numbers (low, high) with low < high, found {bounds!r}; "
-            "pass the smallest and the largest value a raw input may take"
+            f"bounds must be two finite numbers (low, high) with low < high, or one value a channel for each, found "
+            f"{bounds!r}; pass the smallest and the largest value a raw input may take"
         )
-    return low, high
+    return (float(bounds[0]), float(bounds[1])) if single else (low, high)
 
 
 def checked_checkpoints(checkpoints: Any, recorded: bool) -> tuple[tuple[Any, float], ...] | None:
@@ -153,15 +160,18 @@ def check_shape(inputs: Tensor, shape: torch.Size, what: str) -> None:
         )
 
 
-def check_bounds(inputs: Tensor, bounds: tuple[float, float], what: str, normalized: bool) -> None:
+def check_bounds(inputs: Tensor, bounds: Bounds, what: str, normalized: bool) -> None:
     """Raw inputs lie in the bounds. normalized: whether the subject normalizes them inside."""
-    low, high = bounds
-    least, most = inputs.min().item(), inputs.max().item()
+    low, high = (torch.as_tensor(b, dtype=inputs.dtype).expand(inputs.shape[1:]) for b in bounds)
+    least, most = inputs.amin(0), inputs.amax(0)
     slack = 1e-6 * (high - low)
-    if least < low - slack or most > high + slack:
+    outside = (least < low - slack) | (most > high + slack)
+    if outside.any():
+        low, high, least, most = (v[outside] for v in (low, high, least, most))
         hint = "pass raw inputs, they are normalized inside" if normalized else "correct bounds="
         raise DataError(
-            f"{what} inputs must lie in the bounds [{low:g}, {high:g}], found [{least:.4g}, {most:.4g}]; {hint}"
+            f"{what} inputs must lie in the bounds [{low.min():g}, {high.max():g}], "
+            f"found [{least.min():.4g}, {most.max():.4g}]; {hint}"
         )
 
 

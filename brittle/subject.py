@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from brittle.augmentation import Augment
 from brittle.blame import described
+from brittle.bounds import Bounds
 from brittle.checks import (
     check_bounds,
     check_labels,
@@ -57,7 +58,7 @@ class Subject:
         train: the examples it was trained on, in the order their ids count: `Examples`, (inputs, targets)
             as tensors or numpy arrays, or a map-style data set whose items are tuples or dicts.
         test: labelled examples that it was not trained on, in any of the same forms.
-        bounds: smallest and largest value of a raw input.
+        bounds: smallest and largest value of a raw input, numbers or one value a channel (a feature).
         loss: the training loss, (logits, targets) -> scalar; by default cross entropy, and binary cross
             entropy for a single logit (which gets float targets in the logits' shape).
         class_names: one name a class; numbers where left out.
@@ -82,7 +83,7 @@ class Subject:
     model: nn.Module
     train: Examples
     test: Examples
-    bounds: tuple[float, float] = (0.0, 1.0)
+    bounds: Bounds = (0.0, 1.0)
     loss: Loss | None = None
     class_names: tuple[str, ...] = ()
     normalize: tuple[Any, Any] | None = None
@@ -105,7 +106,7 @@ class Subject:
         put("path", None if self.path is None else Path(self.path))
         put("checkpoints", checked_checkpoints(self.checkpoints, recorded=self.path is not None))
         put("groups", None if self.groups is None else checked_groups(self.groups, len(self.train)))
-        put("bounds", checked_bounds(self.bounds))
+        put("bounds", checked_bounds(self.bounds, self.train.inputs.shape[1:]))
         put("model", unwrapped(self.model))
         put("name", self.name or type(self.model).__name__)
         check_model(self.model)
@@ -131,6 +132,12 @@ class Subject:
     def classes(self) -> int:
         """Number of classes (two for a single logit)."""
         return len(self.class_names)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Smallest and largest value that any channel may take."""
+        low, high = (torch.as_tensor(b) for b in self.bounds)
+        return low.min().item(), high.max().item()
 
     @cached_property
     def scale(self) -> tuple[Tensor, Tensor] | None:

@@ -358,3 +358,32 @@ def test_neighbours_of_a_target_are_of_its_class(subject: Subject, queries: Quer
     none = Neighbours(near.inputs[near.classes == 0], near.classes[near.classes == 0])
     alone = none.unlike(problem, 1)[:, 0]
     assert torch.equal(alone[problem.labels == 0], problem.inputs[problem.labels == 0])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_attack_keeps_to_the_bounds_of_each_feature(norm: Norm) -> None:
+    """Features of different ranges; the attacks would leave the narrow ones if bounds were taken together."""
+    low, high = torch.tensor([0.0, -1.0, 0.0, -2.0]), torch.tensor([1.0, 1.0, 0.2, 3.0])
+    g = generator(3)
+    inputs = low + (high - low) * torch.rand(60, 4, generator=g)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).eval()
+    data = (inputs, model(inputs).argmax(1))
+    several = Subject(model, data, data, bounds=(low, high))
+    found = suite.run(
+        several,
+        right_queries(several, 12),
+        mass=None,
+        groups=None,
+        generator=generator(),
+        preset="standard",
+        norms=(norm,),
+        epsilons={norm: 5.0},
+    )
+    assert {r.attack for r in found} == set(members("standard", norm))
+    for r in found:
+        assert ((r.adversarials >= low) & (r.adversarials <= high)).all(), r.attack
+        assert r.success.float().mean() >= 0.5, r.attack  # what lies outside the bounds would not have stood
+    beyond = replace(found[0], adversarials=found[0].adversarials.clone())
+    beyond.adversarials[0, 2] = 0.3  # within the range of the others
+    assert found[0].success[0]
+    assert not verified(beyond, several, right_queries(several, 12)).success[0]

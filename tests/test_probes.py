@@ -133,6 +133,17 @@ def test_bounds_only_change_the_units() -> None:
         torch.testing.assert_close(probes_of(scaled, 5 * inputs - 2, 1, draws), 5 * probes_of(f, inputs, 1, draws) - 2)
 
 
+def test_bounds_may_differ_by_channel() -> None:
+    """Each channel is scaled by its own; severities are in the units of [0, 1]."""
+    low, high = torch.tensor([0.0, -2.0, 1.0])[:, None, None], torch.tensor([1.0, 3.0, 1.5])[:, None, None]
+    inputs = uniform(4, (3, 8, 8))
+    both = zip(image_families((3, 8, 8), (0.0, 1.0)), image_families((3, 8, 8), (low, high)), strict=True)
+    for f, scaled in both:
+        draws = f.draw(inputs, seeded())
+        expected = low + (high - low) * probes_of(f, inputs, 1, draws)
+        torch.testing.assert_close(probes_of(scaled, low + (high - low) * inputs, 1, draws), expected)
+
+
 def test_families_fit_the_input() -> None:
     assert [f.name for f in families_for(linear_subject((1, 8, 8)), seeded())] == NAMES + DIRECTIONS
     for shape in ((6,), (1, 8, 7), (28, 28, 1), (2, 3, 8, 8)):

@@ -318,6 +318,9 @@ def test_data_that_does_not_fit_into_memory_is_refused(monkeypatch: pytest.Monke
         ({"bounds": (1, 0)}, "low < high", "(1, 0)", "smallest"),
         ({"bounds": (0, float("inf"))}, "two finite numbers", "inf", "smallest"),
         ({"bounds": 1}, "two finite numbers", "found 1", "smallest"),
+        ({"bounds": ([0.0] * 3, [1.0] * 3)}, "one value a channel", "0.0", "smallest"),
+        ({"bounds": ([0.0, 0.0, 2.0, 0.0], 1.0)}, "low < high", "2.0", "smallest"),
+        ({"bounds": ([0.0] * 4, [1.0, 1.0, 1.0, 1e-3])}, "lie in the bounds [0, 0.001]", "found [0", "correct bounds="),
         ({"normalize": (0.0, 0.0)}, "standard deviations above 0", "[0.0]", "training data"),
         ({"normalize": (float("nan"), 1.0)}, "finite means", "[nan]", "training data"),
         ({"normalize": 0.5}, "must be (mean, std)", "0.5", "two numbers"),
@@ -329,6 +332,13 @@ def test_data_that_does_not_fit_into_memory_is_refused(monkeypatch: pytest.Monke
 )
 def test_settings_that_are_refused(changes: dict[str, Any], rule: str, value: str, remedy: str) -> None:
     assert_refused(DataError, rule, value, remedy, **changes)
+
+
+def test_bounds_may_be_one_value_a_channel() -> None:
+    several = subject(bounds=(torch.tensor([-1.0, 0.0, 0.0, 0.0]), [1.0, 1.0, 2.0, 1.0]))
+    assert several.range == (-1.0, 2.0)
+    assert [b.tolist() for b in several.bounds] == [[-1, 0, 0, 0], [1, 1, 2, 1]]  # type: ignore[union-attr]
+    assert subject(bounds=(0, torch.tensor(1.0))).bounds == (0.0, 1.0)
 
 
 def test_the_loss_must_be_finite() -> None:

@@ -21,7 +21,7 @@ def subject_facts(e: Evidence) -> SubjectFacts:
         class_names=list(s.class_names),
         parameters=sum(p.numel() for p in s.model.parameters()),
         input_shape=list(s.train.inputs.shape[1:]),
-        bounds=list(s.bounds),
+        bounds=list(s.range),
         train=len(s.train),
         test=len(s.test),
         pool=len(s.pool) if s.pool is not None else 0,

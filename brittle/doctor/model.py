@@ -30,7 +30,7 @@ def facts(v: Visit) -> Check:
     count = sum(p.numel() for p in s.model.parameters())
     frozen = sum(p.numel() for p in s.model.parameters() if not p.requires_grad)
     still = f", {frozen:,} of them frozen" if frozen else ""
-    low, high = s.bounds
+    low, high = s.range
     kind = str(next(s.model.parameters()).dtype).removeprefix("torch.")
     return Check("subject", "ok", f"{s.name}: {count:,} {kind} parameters{still}, inputs within [{low:g}, {high:g}]")
 
@@ -56,9 +56,11 @@ def corners(v: Visit) -> Check:
     """Is the model finite where attacks and probes may lead?"""
     (low, high), shape = v.subject.bounds, v.subject.train.inputs.shape[1:]
     mixed = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    points = torch.cat([torch.full((1, *shape), b) for b in (low, high)] + [torch.where(mixed, low, high)])
+    low, high = (torch.as_tensor(b, dtype=torch.get_default_dtype()).expand(1, *shape) for b in (low, high))
+    points = torch.cat([low, high, torch.where(mixed, low, high)])
     check_logits(v.subject.predict(points.to(v.subject.train.inputs)), len(points))
-    return Check("bounds", "ok", f"finite logits where all inputs are {low:g}, {high:g}, or either")
+    least, most = v.subject.range
+    return Check("bounds", "ok", f"finite logits where all inputs are at the bounds {least:g}, {most:g}, or either")
 
 
 def accuracy(v: Visit) -> Check:

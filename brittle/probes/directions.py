@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from brittle.bounds import within
 from brittle.errors import DataError, NotFiniteError
 from brittle.probes.family import Family, column
 from brittle.records import Pairs
@@ -38,7 +39,7 @@ def direction_families(subject: Subject, generator: torch.Generator, sample: int
         return _feasible(-margin_gradient(subject, inputs)[1], inputs, low, high)
 
     def apply(inputs: Tensor, severity: Tensor, draws: Tensor) -> Tensor:
-        return (inputs + column(severity, inputs) * draws.to(inputs)).clamp(low, high)
+        return within(inputs + column(severity, inputs) * draws.to(inputs), subject.bounds)
 
     return (
         Family("random direction", "L2", distance, random, apply),
@@ -105,7 +106,7 @@ def _nearest_other(flat: Tensor, targets: Tensor, ids: Tensor) -> Tensor:
     return torch.where(best.values.isinf(), ids, best.indices)
 
 
-def _feasible(direction: Tensor, inputs: Tensor, low: float, high: float) -> Tensor:
+def _feasible(direction: Tensor, inputs: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
     """The unit vector along `direction` without what leaves the bounds at once; 0 where nothing is left."""
     leaves = ((inputs <= low) & (direction < 0)) | ((inputs >= high) & (direction > 0))
     flat = torch.where(leaves, 0, direction).flatten(1)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from brittle.bounds import Bounds, within
 from brittle.errors import DataError
 from brittle.probes.family import Apply, Draw, Family, column
 
@@ -33,7 +34,7 @@ def is_image(input_shape: Sequence[int]) -> bool:
     return len(input_shape) in (2, 3) and min(input_shape[-2:]) >= SMALLEST_SIDE
 
 
-def image_families(input_shape: Sequence[int], bounds: tuple[float, float]) -> tuple[Family, ...]:
+def image_families(input_shape: Sequence[int], bounds: Bounds) -> tuple[Family, ...]:
     """The seven families for images.
 
     References were set on scikit-learn's digits (8 x 8) and Fashion-MNIST (28 x 28): a person still reads the
@@ -123,7 +124,7 @@ def occlusion(images: Tensor, severity: Tensor, places: Tensor, reserved: float)
     return images + share * (0.5 - images)
 
 
-def _within(change: Change, height: int, width: int, bounds: tuple[float, float]) -> Apply:
+def _within(change: Change, height: int, width: int, bounds: Bounds) -> Apply:
     """`change` as a family's `apply`: on raw inputs, inside the bounds, exactly the input at severity 0."""
     low, high = bounds
 
@@ -131,7 +132,7 @@ def _within(change: Change, height: int, width: int, bounds: tuple[float, float]
         images = inputs.reshape(len(inputs), -1, height, width)  # shape: (M, C, H, W)
         s = column(severity, images)
         changed = change((images - low) / (high - low), s, draws.to(images))
-        probes = (low + (high - low) * changed).clamp(low, high)
+        probes = within(low + (high - low) * changed, bounds)
         return torch.where(s == 0, images, probes).reshape(inputs.shape)
 
     return apply

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from brittle.agreement.baselines.outputs import softmax_confidence
+from brittle.bounds import Bounds, within
 from brittle.kernel.quadrature import blocks
 from brittle.probes import margin_gradient
 from brittle.records import Norm, Pairs, Queries
@@ -166,8 +167,8 @@ def _steepest(gradient: Tensor, norm: Norm) -> Tensor:
     return F.normalize(flat, dim=1, eps=torch.finfo(flat.dtype).tiny).reshape(gradient.shape)
 
 
-def _within(points: Tensor, start: Tensor, size: float, norm: Norm, bounds: tuple[float, float]) -> Tensor:
+def _within(points: Tensor, start: Tensor, size: float, norm: Norm, bounds: Bounds) -> Tensor:
     """Back into the ball around `start`, then into the bounds, which keeps it in the ball."""
     offset = points - start
     offset = offset.flatten(1).renorm(2, 0, size).reshape(start.shape) if norm == "l2" else offset.clamp(-size, size)
-    return (start + offset).clamp(*bounds)
+    return within(start + offset, bounds)
