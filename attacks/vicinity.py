@@ -6,7 +6,8 @@ searches for the radius (`reach`) through
 
     w + sigma rms(w_t) xi,        xi ~ N(0, 1) anew in every pass, rms over the tensor t that a weight belongs to,
 
-and then descends through the model itself from where that has led. The last round goes on from the best of all.
+and then descends through the model itself from where that has led. Before them a descent from the input goes for the
+rival that is nearest to first order, which is the one where networks are smooth; a last descent goes on from the best.
 
 States of the late path do as the first part as well, and randomly disturbed weights do better (benchmarks/attacks.md).
 Weights around those that a network was trained to are known from attacks on *other* networks: Gubri, Cordy, Papadakis,
@@ -26,14 +27,24 @@ from torch import Tensor, nn
 from brittle.attacks.descent import Descent, descend
 from brittle.attacks.problem import Logits, Problem
 from brittle.attacks.reach import reach
+from brittle.attacks.route import Guide, take_bearing
 from brittle.attacks.search import Search
 from brittle.records import AttackRows
 
-SCALES = (0.3, 0.2, 0.1, 0.05)
-"""sigma of each round: what serves best differs from network to network, and from norm to norm."""
+SCALES = (0.3, 0.1, 0.05)
+"""sigma of one round after the other, and over again: which serves best differs by network and norm."""
+
+ROUND = 110
+"""Steps of a round, about."""
 
 LENGTH = (2.0, 0.5)
 """First and last step through the vicinity, in units of the radius."""
+
+RIVALS = 5
+"""Classes among which the first descent looks for the nearest."""
+
+WIDE = Descent()
+"""The first descent."""
 
 FINE = Descent(step=(0.5, 0.01), radius=(0.05, 0.002))
 """The descent from there: it stays near, since wide steps lose the place again."""
@@ -78,15 +89,19 @@ def by_vicinity(problem: Problem, vicinity: Vicinity, *, generator: torch.Genera
     """A minimal-norm attack in L2 or Linf that comes by way of disturbed weights.
 
     Args:
-        steps: evaluations, passes through the vicinity among them. Each round's two parts and the last round share
-            them equally.
+        steps: evaluations, passes through the vicinity among them. They make for one round at each scale at least, and
+            are shared equally by the two parts of each round, the first descent and the last.
 
     Cost: at most `steps` evaluations an input.
     """
-    search, part = Search(problem), max(1, (steps - 1 - len(SCALES) - LINE_SEARCH) // (2 * len(SCALES) + 1))
+    search, scales = Search(problem), SCALES * max(1, steps // (ROUND * len(SCALES)))
+    part = max(1, (steps - 1 - RIVALS - len(scales) - LINE_SEARCH) // (2 * len(scales) + 2))
     with search:
-        scale = problem.margin(search.look(problem.inputs)).abs()
-        for sigma in SCALES:
+        clean = search.look(problem.inputs)
+        scale = problem.margin(clean).abs()
+        rival = take_bearing(search, Guide.margin(problem), clean, RIVALS, generator).rivals[:, 0]
+        descend(problem.aimed(rival), search, problem.inputs, scale, WIDE, part, generator)
+        for sigma in scales:
             seeds = torch.randint(2**62, (part,), generator=generator).tolist()
             search.charge(part + 1, backwards=part)
             networks = [vicinity.network(sigma, seed) for seed in seeds]

@@ -46,7 +46,7 @@ def test_every_pass_is_counted_those_through_other_weights_too(subject: Subject)
     vicinity = Vicinity(subject.model, lambda _, inputs: others(inputs))
     rows = by_vicinity(replace(problem, logits=own), vicinity, generator=generator(), steps=100)
     assert (rows.evaluations * len(problem)).unique().tolist() == [own.passes + others.passes]
-    assert others.passes == 4 * 9 * len(problem)  # at four scales, of nine parts
+    assert others.passes == 3 * 10 * len(problem)  # at three scales, of eight parts
     assert 90 <= rows.evaluations.max() <= 100
 
 
