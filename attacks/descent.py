@@ -49,19 +49,20 @@ def descend(
     how: Descent,
     steps: int,
     generator: torch.Generator,
+    radius: Tensor | None = None,
 ) -> None:
     """Move from `start` towards the nearest success of `problem`; `search` keeps what is met on the way.
-
-    The first radius is the best distance so far, or the first-order one at the start where there is none.
 
     Args:
         problem: what counts as success here: that of the search, or the same aimed at other targets.
         start: (B, *input) within the bounds.
         scale: (B,) the clean margin, logits, in which temperatures are measured.
+        radius: (B,) the first radius; by default the best distance so far, or the first-order one at the start where
+            there is none.
 
     Cost: `steps` evaluations an input.
     """
-    points, radius = start, search.best.clone()
+    points, radius = start, search.best.clone() if radius is None else radius
     farthest = room(problem.inputs, problem.bounds, problem.norm)
 
     for k in range(steps):

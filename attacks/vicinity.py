@@ -106,7 +106,8 @@ def by_vicinity(problem: Problem, vicinity: Vicinity, *, generator: torch.Genera
             search.charge(part + 1, backwards=part)
             networks = [vicinity.network(sigma, seed) for seed in seeds]
             led = reach(problem, part, through=networks, length=LENGTH, generator=generator)
-            descend(problem, search, led.points, scale, FINE, part, generator)
+            radius = torch.minimum(led.radius, search.best)
+            descend(problem, search, led.points, scale, FINE, part, generator, radius)
         descend(problem, search, search.inputs.clone(), scale, LAST, part, generator)
         search.pull_in(LINE_SEARCH)
     return search.rows("vicinity", "minimal")
