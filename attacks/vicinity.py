@@ -34,7 +34,7 @@ from brittle.records import AttackRows
 SCALES = (0.3, 0.1, 0.05)
 """sigma of one round after the other, and over again: which serves best differs by network and norm."""
 
-ROUND = 110
+ROUND = 100
 """Steps of a round, about."""
 
 LENGTH = (2.0, 0.5)

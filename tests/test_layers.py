@@ -13,6 +13,7 @@ import brittle
 ROOMS = (
     "_version",
     "errors",
+    "bounds",
     "blame",
     "records",
     "findings",
