@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from brittle.attacks.problem import Problem
 from brittle.attacks.search import Search
-from brittle.bounds import within
+from brittle.bounds import ends, within
 from brittle.records import AttackRows
 
 
@@ -53,8 +53,8 @@ def _ask(
 
 def _scale(problem: Problem) -> tuple[float, float]:
     """The smallest value of all inputs, and their widest range: the same for all channels, so that norms stay."""
-    low = float(torch.as_tensor(problem.bounds[0]).min())
-    return low, float(torch.as_tensor(problem.bounds[1]).max()) - low
+    low, high = ends(problem.bounds)
+    return low, high - low
 
 
 def _criterion(problem: Problem) -> Any:

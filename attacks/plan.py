@@ -206,6 +206,6 @@ def default_epsilon(norm: Norm, subject: Subject) -> float:
     For 28 x 28 inputs in [0, 1] that is 1.4, for 8 x 8 ones 0.4: about the median distance of a plain network. In L1
     a hundredth of the whole width, in L0 a fiftieth of the numbers.
     """
-    low, high = (torch.as_tensor(b) for b in subject.bounds)
+    low, high = (torch.as_tensor(b, dtype=torch.float64) for b in subject.bounds)
     each, count = 0.1 * (high - low).mean().item(), float(subject.test.inputs[0].numel())
     return {"linf": each, "l2": 0.5 * each * count**0.5, "l1": 0.1 * each * count, "l0": max(1.0, count / 50)}[norm]

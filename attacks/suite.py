@@ -69,10 +69,8 @@ def run(
     """
     _check(queries, preset)
     guide = _guide(mass, groups, mass_evaluations)
-    near, vicinity = (
-        Neighbours(subject.train.inputs, subject.train.targets),
-        Vicinity(subject.model, subject.class_logits),
-    )
+    near = Neighbours(subject.train.inputs, subject.train.targets)
+    vicinity = Vicinity(subject.model, subject.class_logits)
     blocks = [slice(k, min(k + BLOCK, len(queries))) for k in range(0, len(queries), BLOCK)]
     plan = [(norm, name, steps) for norm in norms for name, steps in members(preset, norm, attacks).items()]
     done = {norm: torch.zeros(len(queries), dtype=torch.bool) for norm in norms}

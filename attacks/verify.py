@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from brittle.attacks.geometry import distance, spread
+from brittle.bounds import width
 from brittle.records import OUTCOMES, AttackRows, Queries
 from brittle.subject import Subject
 
@@ -26,12 +27,12 @@ def verified(rows: AttackRows, subject: Subject, queries: Queries) -> AttackRows
 
     Cost: one forward pass an input, not counted among the attack's evaluations.
     """
-    (low, high), (least, most), found = subject.bounds, subject.range, rows.adversarials
+    (low, high), found = subject.bounds, rows.adversarials
     fine = found.isfinite() & (found >= low) & (found <= high)
     wrong, stands = _wrong(rows), rows.success & fine.flatten(1).all(1)
     far = distance(queries.inputs, rows.adversarials, rows.norm)
     if rows.epsilon is not None:
-        stands &= far <= rows.epsilon * (1 + ROUNDING) + ROUNDING * (most - least)
+        stands &= far <= rows.epsilon * (1 + ROUNDING) + ROUNDING * width(subject.bounds)
     inputs = torch.where(spread(stands, rows.adversarials), rows.adversarials, queries.inputs)
     classes = subject.predict(inputs).argmax(1)
     stands &= classes != queries.targets

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ FINE = Descent(step=(0.5, 0.01), radius=(0.05, 0.002))
 """The descent from there: it stays near, since wide steps lose the place again."""
 
 LAST = Descent(step=(0.2, 0.01), radius=(0.01, 0.0005), temperature=(0.05, 0.001))
-"""The last round's: finer still."""
+"""The last descent: finer still."""
 
 LINE_SEARCH = 6
 """Halvings at the end."""
@@ -67,7 +68,11 @@ class Vicinity:
     """
 
     def __init__(self, model: nn.Module, logits: Callable[[nn.Module, Tensor], Tensor]) -> None:
-        self._model, self._copy, self._logits = model, copy.deepcopy(model).requires_grad_(False), logits
+        self._model, self._logits = model, logits
+
+    @cached_property
+    def _copy(self) -> nn.Module:
+        return copy.deepcopy(self._model).requires_grad_(False)
 
     def network(self, sigma: float, seed: int) -> Logits:
         """The model with weights that are sigma away, in units of each tensor's root mean square."""
@@ -92,7 +97,7 @@ def by_vicinity(problem: Problem, vicinity: Vicinity, *, generator: torch.Genera
         steps: evaluations, passes through the vicinity among them. They make for one round at each scale at least, and
             are shared equally by the two parts of each round, the first descent and the last.
 
-    Cost: at most `steps` evaluations an input.
+    Cost: at most `steps` evaluations an input (more where a part would be left without one).
     """
     search, scales = Search(problem), SCALES * max(1, steps // (ROUND * len(SCALES)))
     part = max(1, (steps - 1 - RIVALS - len(scales) - LINE_SEARCH) // (2 * len(scales) + 2))

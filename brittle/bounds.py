@@ -23,6 +23,12 @@ def moved(bounds: Bounds, device: torch.device) -> Bounds:
     return (low.to(device), high.to(device)) if isinstance(low, Tensor) and isinstance(high, Tensor) else bounds
 
 
+def ends(bounds: Bounds) -> tuple[float, float]:
+    """The smallest and the largest value that any channel may take."""
+    low, high = bounds
+    return float(low.min() if isinstance(low, Tensor) else low), float(high.max() if isinstance(high, Tensor) else high)
+
+
 def width(bounds: Bounds) -> float:
     """The widest range that a value has."""
     return float(torch.as_tensor(bounds[1] - bounds[0]).max())

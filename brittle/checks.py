@@ -97,19 +97,16 @@ def checked_bounds(bounds: Any, shape: torch.Size) -> Bounds:
 
     One value a channel is the first axis.
     """
-    try:
-        low, high = (torch.as_tensor(b, dtype=torch.get_default_dtype()) for b in bounds)
-        single = low.dim() == high.dim() == 0
-        low, high = (b.reshape(-1, *[1] * (len(shape) - 1)) if b.dim() == 1 else b for b in (low, high))
-        fits = all(torch.broadcast_shapes(b.shape, shape) == shape for b in (low, high))
-    except (TypeError, ValueError, RuntimeError):
-        fits = False
-    if not fits or not (low.isfinite().all() and high.isfinite().all() and (low < high).all()):
+    found = _by_channel(bounds, shape)
+    if found is None or not (all(b.isfinite().all() for b in found) and (found[0] < found[1]).all()):
         raise DataError(
             f"bounds must be two finite numbers (low, high) with low < high, or one value a channel for each, found "
             f"{bounds!r}; pass the smallest and the largest value a raw input may take"
         )
-    return (float(bounds[0]), float(bounds[1])) if single else (low, high)
+    low, high = found
+    if low.dim() == high.dim() == 0:
+        return low.item(), high.item()
+    return low.to(torch.get_default_dtype()), high.to(torch.get_default_dtype())
 
 
 def checked_checkpoints(checkpoints: Any, recorded: bool) -> tuple[tuple[Any, float], ...] | None:
@@ -132,23 +129,30 @@ def checked_checkpoints(checkpoints: Any, recorded: bool) -> tuple[tuple[Any, fl
 
 def checked_scale(normalize: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation that broadcast over one input of `shape`; one value a channel is the first axis."""
-    try:
-        mean, std = (torch.as_tensor(v, dtype=torch.get_default_dtype()) for v in normalize)
-        mean, std = (v.reshape(-1, *[1] * (len(shape) - 1)) if v.dim() == 1 else v for v in (mean, std))
-        fits = all(torch.broadcast_shapes(v.shape, shape) == shape for v in (mean, std))
-    except (TypeError, ValueError, RuntimeError):
-        fits = False
-    if not fits:
+    found = _by_channel(normalize, shape)
+    if found is None:
         raise DataError(
             f"normalize must be (mean, std) that fit inputs of shape {tuple(shape)}, found {normalize}; "
             "pass two numbers or one value a channel"
         )
+    mean, std = (v.to(torch.get_default_dtype()) for v in found)
     if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
         raise DataError(
             f"normalize needs finite means and standard deviations above 0, found {mean.flatten().tolist()} and "
             f"{std.flatten().tolist()}; pass those of the training data"
         )
     return mean, std
+
+
+def _by_channel(values: Any, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
+    """Two numbers, or one value a channel for each, that broadcast over one input, in float64; None if they do not."""
+    try:
+        first, second = (torch.as_tensor(v, dtype=torch.float64) for v in values)
+        first, second = (v.reshape(-1, *[1] * (len(shape) - 1)) if v.dim() == 1 else v for v in (first, second))
+        fits = all(torch.broadcast_shapes(v.shape, shape) == shape for v in (first, second))
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return (first, second) if fits else None
 
 
 def check_shape(inputs: Tensor, shape: torch.Size, what: str) -> None:

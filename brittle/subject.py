@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from brittle.augmentation import Augment
 from brittle.blame import described
-from brittle.bounds import Bounds
+from brittle.bounds import Bounds, ends
 from brittle.checks import (
     check_bounds,
     check_labels,
@@ -136,8 +136,7 @@ class Subject:
     @property
     def range(self) -> tuple[float, float]:
         """Smallest and largest value that any channel may take."""
-        low, high = (torch.as_tensor(b) for b in self.bounds)
-        return low.min().item(), high.max().item()
+        return ends(self.bounds)
 
     @cached_property
     def scale(self) -> tuple[Tensor, Tensor] | None:

@@ -54,9 +54,9 @@ def evaluation(v: Visit) -> Check:
 
 def corners(v: Visit) -> Check:
     """Is the model finite where attacks and probes may lead?"""
-    (low, high), shape = v.subject.bounds, v.subject.train.inputs.shape[1:]
+    shape = v.subject.train.inputs.shape[1:]
     mixed = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    low, high = (torch.as_tensor(b, dtype=torch.get_default_dtype()).expand(1, *shape) for b in (low, high))
+    low, high = (torch.as_tensor(b, dtype=torch.get_default_dtype()).expand(1, *shape) for b in v.subject.bounds)
     points = torch.cat([low, high, torch.where(mixed, low, high)])
     check_logits(v.subject.predict(points.to(v.subject.train.inputs)), len(points))
     least, most = v.subject.range

@@ -53,7 +53,7 @@ class Line:
 class Allowance:
     """What quadrature may miss on a line, in logits, means of absolute values over M outputs.
 
-    Misses of lines that are alike have a sign in common, so their sum is bounded besides each of them.
+    Misses of either sign add up as the root of their number, and no faster: their sum is bounded besides each of them.
     """
 
     line: float  # the miss of this line alone

@@ -209,7 +209,8 @@ class _Account:
         self.output = self.start = outputs_at(subject, flat, path.final().to(device), inputs, pairs)
         first = outputs_at(subject, flat, path.snapshot(0).state, inputs, pairs)
         learned = (self.output - first).abs().mean().item()
-        self.allowed, self.lines = q.tolerance * learned / (lines + (path.average is not None)) ** 0.5, 0
+        self.allowed = q.tolerance * learned / (lines + (path.average is not None)) ** 0.5
+        self.counted = 0  # lines so far
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=device)  # noqa: E731
         self.contributions = zeros(m, len(subject.train))
         self.decay, self.buffers, self.explained, self.moved = zeros(m), zeros(m), zeros(m), zeros(m)
@@ -257,11 +258,11 @@ class _Account:
     def _line(self, low: Tensor, high: Tensor, counts: bool) -> Line:
         """The averaged gradient over a straight line that ends where the account has come to."""
         before, p = outputs_at(self.subject, self.flat, low, self.inputs, self.pairs), self.flat.parameters
-        self.lines += counts
+        self.counted += counts
         allowance = Allowance(
             line=self.allowed,
-            total=self.allowed * max(self.lines, 1) ** 0.5,
-            so_far=(self.output - self.start).double() - self.moved - self.buffers,
+            total=self.allowed * max(self.counted, 1) ** 0.5,
+            so_far=self._missed(),
         )
         line = line_gradient(
             self.subject,
@@ -340,6 +341,10 @@ class _Account:
         outputs = output_factors(self.subject, self.flat, last.state, self.inputs[:2], self.pairs[:2])
         return Layout.common(len(self.flat), [outputs, step_factors(self.subject, self.flat, last, batch)])
 
+    def _missed(self) -> Tensor:
+        """What quadrature has missed so far, (M,)."""
+        return self.output.double() - self.start.double() - self.moved - self.buffers
+
     def close(self) -> Swept:
         start, output = self.start.double(), self.output.double()
         hidden = self.hidden_moved - self.hidden_explained
@@ -349,7 +354,7 @@ class _Account:
             decay=self.decay.cpu(),
             buffers=(self.buffers + hidden).cpu(),
             unexplained=(self.moved - self.explained - hidden).cpu(),
-            residual=(output - start - self.moved - self.buffers).cpu(),
+            residual=self._missed().cpu(),
             output=output.cpu(),
         )
         return Swept(ledger, self.drift, self.evaluations)
