@@ -25,7 +25,7 @@ from torch.nn.utils import parametrizations
 from torch.optim import SGD, Adadelta, Adam, AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
-from brittle.errors import DataError, DiskError, NotFiniteError, UnsupportedError
+from brittle.errors import DataError, DiskError, NotFiniteError, PathMismatchError, UnsupportedError
 from brittle.path import keeping, store
 from brittle.path.keeping import BLOCKS_IN_BUDGET
 from brittle.path.match import check_path
@@ -128,6 +128,28 @@ def test_states_are_kept_less_often_where_writing_takes_too_long(
     assert (len(path.marks) < 31) == fewer
     check_path(path, subject)
     assert_replays(path, subject, loop.states)
+
+
+def test_inputs_are_described_where_a_state_is_kept_and_replayed_elsewhere(tmp_path: Path) -> None:
+    loop = ByHand(tmp_path)
+    loop.recorder._keeper.every = 4
+    loop.steps(6)
+    loop.recorder.flush()  # the state before step 6 is kept
+    loop.steps(4)
+    path = loop.close()
+    described = [step for step in range(10) if not math.isnan(path.step(step).batches[0].seen[0])]
+    assert described == [0, 4, 6, 8] == path.marks[:-1]
+    subject = loop.subject()
+    check_path(path, subject)
+    inputs = loop.inputs.clone()
+    loop.inputs.mul_(0.9)
+    with pytest.raises(PathMismatchError, match="the inputs of step 0 had mean"):
+        check_path(path, loop.subject())
+    loop.inputs.copy_(inputs)
+    first, middle, between = (set(path.step(step).batches[0].ids.tolist()) for step in (0, 4, 5))
+    loop.inputs[sorted(between - first - middle)] *= 0.5
+    with pytest.raises(PathMismatchError, match="though the inputs are the same"):
+        check_path(path, loop.subject())
 
 
 def test_an_unknown_rule_keeps_every_state_however_long_writing_takes(

@@ -76,7 +76,7 @@ class RecorderCallback(TrainerCallback, ExportableState):
         inputs: str | None = None,
         average: nn.Module | None = None,
         budget: int = 2 << 30,
-        writing: float = 0.05,
+        writing: float = 0.02,
         repeats: bool = False,
     ) -> None:
         self.out, self.ids, self.inputs, self.average = Path(out), ids, inputs, average

@@ -88,7 +88,7 @@ class RecorderCallback(Callback):
         model: str = "",
         average: str | None = None,
         budget: int = 2 << 30,
-        writing: float = 0.05,
+        writing: float = 0.02,
         repeats: bool = False,
     ) -> None:
         self.out, self.ids, self.model, self.average = Path(out), ids, model, average

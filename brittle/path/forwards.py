@@ -9,6 +9,7 @@ unless it is reentrant: then gradients come from this one.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from torch.autograd.function import BackwardCFunction
 
 from brittle.path.observed import AUTOCAST
 
+NOT_DESCRIBED = (math.nan,) * 3
+
 
 @dataclass
 class ForwardPass:
@@ -30,7 +33,7 @@ class ForwardPass:
 
     autocast: int = 0
     resting: tuple[str, ...] = ()
-    seen: tuple[float, float, float] = (float("nan"),) * 3
+    seen: tuple[float, float, float] = NOT_DESCRIBED
     rows: int | None = None  # length of the first tensor that came in
     random: Tensor | None = None
     depth: int = 0
@@ -39,11 +42,16 @@ class ForwardPass:
 class ForwardWatch:
     """The forward passes of a model since `forget`: `last`, and the number of those in training mode, `count`.
 
-    entered: called before each pass that can be trained from.
+    entered: called before each pass that can be trained from. describes: says whether what comes in is to be described.
     """
 
-    def __init__(self, model: nn.Module, entered: Callable[[], None] = lambda: None) -> None:
-        self._entered = entered
+    def __init__(
+        self,
+        model: nn.Module,
+        entered: Callable[[], None] = lambda: None,
+        describes: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._entered, self._describes = entered, describes
         self.last: ForwardPass | None = None
         self.count = 0
         self._device = next(model.parameters()).device
@@ -77,8 +85,8 @@ class ForwardWatch:
         self._before = random_state(self._device)
         given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() > 0]
         rows = len(given[0]) if given else None
-        what = precision(self._device), resting(self._modules), described(given), rows
-        self.last = ForwardPass(*what, depth=inside)
+        seen = described(given) if self._describes() else NOT_DESCRIBED
+        self.last = ForwardPass(precision(self._device), resting(self._modules), seen, rows, depth=inside)
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.is_grad_enabled() and self.last is not None and self._before is not None:
@@ -112,14 +120,12 @@ def described(tensors: Sequence[Tensor]) -> tuple[float, float, float]:
     """Three numbers that tell one batch from another, in order: mean, root mean square, mean against a ramp."""
     x = next((a for a in tensors if a.is_floating_point() and a.dim() > 1), None)
     if x is None or x.numel() == 0:
-        return (float("nan"),) * 3
-    with torch.no_grad():
-        values = x.detach().reshape(-1)
-        values = values.float() if values.element_size() < 4 else values
-        ramp = _ramp(len(values), values.device, values.dtype)
-        found = torch.stack([values.sum(), values @ values, values @ ramp]) / len(values)
-        mean, square, ordered = found.tolist()
-    return mean, square**0.5, ordered
+        return NOT_DESCRIBED
+    values = x.detach().reshape(-1)
+    values = values.float() if values.element_size() < 4 else values
+    ramp = _ramp(len(values), values.device, values.dtype)
+    total, square, ordered = torch.stack([values.sum(), values @ values, values @ ramp]).tolist()
+    return total / len(values), (square / len(values)) ** 0.5, ordered / len(values)
 
 
 @lru_cache(maxsize=2)

@@ -56,6 +56,11 @@ class Keeper:
         return self._writes and self.steps % self.every == 0 and self.steps not in self._sizes
 
     @property
+    def at_state(self) -> bool:
+        """Whether the coming step begins at a state that is kept: there inputs are checked, others are replayed."""
+        return self.steps % self.every == 0 or self.steps in self._sizes
+
+    @property
     def full(self) -> bool:
         """Whether it is time to write."""
         enough = min(BLOCK_BYTES, self.budget / BLOCKS_IN_BUDGET)

@@ -25,7 +25,8 @@ class Batch:
     ids: the examples; with `shares` (mixed rows) several a row. norm: Euclidean norm of the gradient that backward
     delivered, over all trained tensors. inputs, targets: what the pass really saw, where the user stored it.
     weights: the loss's third argument. random: the random state before the forward pass, where it drew numbers.
-    seen: three numbers that describe the tensor which the model was called with; NaN where it was not one.
+    seen: three numbers that describe the tensor which the model was called with; NaN where it was not one, and where
+    no state was kept before the step.
     """
 
     ids: Tensor  # shape: (B,) or (B, K) int64

@@ -29,16 +29,16 @@ def checked_call(
     ids: Tensor | Sequence[int], epoch: int, given: Mapping[str, Tensor | None], repeats: bool, at: int
 ) -> Call:
     """A call of `batch()`, checked and copied. Raises `DataError`."""
-    ids = torch.as_tensor(ids).detach().cpu()
+    ids = torch.as_tensor(ids)
     if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8) or ids.dim() not in (1, 2):
         raise DataError(
             f"batch() needs the positions of the batch's examples as whole numbers (B,), found {ids.dtype} of shape "
             f"{tuple(ids.shape)}; let the data set return the index of each example"
         )
-    ids = ids.to(torch.int64, copy=True)
+    ids = ids.detach().to("cpu", torch.int64, copy=True)
     rows = ids if ids.dim() == 1 else ids[:, 0]
     listed = rows.tolist()
-    if ids.numel() == 0 or int(ids.min()) < 0:
+    if not listed or min(listed if ids.dim() == 1 else ids.flatten().tolist(), default=-1) < 0:
         raise DataError(
             f"batch() needs the positions of the batch's examples, counted from 0, found {ids.flatten().tolist()[:5]}"
         )
@@ -76,6 +76,8 @@ def matched(
             "each step must begin without gradients, found those of the step before; call optimizer.zero_grad() before "
             "the backward pass"
         )
+    if len(calls) == len(passes) == len(alive) == 1:
+        return [(calls[0], passes[0])]
     places = [k for k, one in enumerate(passes) if any(one is living for living in alive)]
     cuts = [call.at for call in calls]
     behind = [(call, start, stop) for call, (start, stop) in zip(calls, pairwise([0, *cuts]), strict=True)]

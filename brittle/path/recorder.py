@@ -77,7 +77,7 @@ class Recorder:
         budget: int = 2 << 30,
         *,
         average: nn.Module | None = None,
-        writing: float = 0.05,
+        writing: float = 0.02,
         repeats: bool = False,
         resume: int | None = None,
     ) -> None:
@@ -108,7 +108,7 @@ class Recorder:
         if rank == 0:
             self._begin(resume)
         self._watch = GradientWatch(self._parameters, lambda: self._forwards.last, lambda: self._spending.trained)
-        self._forwards = ForwardWatch(self._model, self._watch.follow)
+        self._forwards = ForwardWatch(self._model, self._watch.follow, lambda: self._keeper.at_state)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),

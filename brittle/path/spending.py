@@ -100,20 +100,26 @@ class Spending:
 
     def begin(self, changes: Changes) -> tuple[Tensor, Tensor, Tensor]:
         """Before the step: its counts, factors and bounds by tensor, each (n,)."""
-        factors, bounds = changes.factors, [changes.bounds.get(slot.name, math.inf) for slot in self._slots]
-        moved = [slot.name in factors and owner >= 0 for slot, owner in zip(self._slots, self.owner(), strict=True)]
         scale = getattr(self._optimizer, "grad_scale", None)
         unscaled = 1.0 if scale is None else 1 / float(scale)  # a fused optimizer divides inside its step
         if self.kind == "SGD":
             self._begun = self.extra()
         if self.kind == OBSERVED:
-            self._trace(factors)
-        found = [factors.get(slot.name, 1.0) for slot in self._slots]
-        if (moved, found, bounds, unscaled) != self._alike:  # tensors are made anew only where something changed
-            self._alike = (moved, found, bounds, unscaled)
-            self._active = torch.tensor(moved)
-            self._factors, self._bounds = (torch.tensor(v, dtype=torch.float64) * unscaled for v in (found, bounds))
+            self._trace(changes.factors)
+        alike = (self.owner(), changes.factors, changes.bounds, unscaled)
+        if alike != self._alike:  # tensors are made anew only where something changed
+            self._alike = alike
+            self._active, self._factors, self._bounds = self._by_tensor(*alike)
         return torch.where(self._active, self.updates, -1), self._factors, self._bounds
+
+    def _by_tensor(
+        self, owners: tuple[int, ...], factors: Mapping[str, float], bounds: Mapping[str, float], unscaled: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Which tensors move, their factors and their bounds, each (n,)."""
+        moved = [slot.name in factors and owner >= 0 for slot, owner in zip(self._slots, owners, strict=True)]
+        listed = [(factors.get(slot.name, 1.0), bounds.get(slot.name, math.inf)) for slot in self._slots]
+        by, cut = torch.tensor(listed, dtype=torch.float64).T * unscaled
+        return torch.tensor(moved), by, cut
 
     def end(self) -> Tensor:
         """After the step: what its recipe needs besides, (n,); see `recipe.Recipe`."""

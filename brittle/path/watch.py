@@ -49,7 +49,7 @@ class BackwardPass:
     def norm(self, names: Collection[str]) -> float:
         """Euclidean norm of the pass's gradient over some tensors."""
         parts = [size for name, size in self.norms.items() if name in names]
-        return float(torch.linalg.vector_norm(_numbers(parts))) if parts else 0.0
+        return math.hypot(*_numbers(parts)) if parts else 0.0
 
 
 class GradientWatch:
@@ -121,14 +121,15 @@ class GradientWatch:
         dead = len(self.passes) - len(self.alive())
         noted = [self._raw.get(name, (0, NOTHING)) for name in gradients]
         before = [norms if k > dead else NOTHING for k, norms in noted]
-        sizes = _numbers([*(size for size, _ in before), *_sizes(gradients.values())]).reshape(2, -1)
-        was, now = sizes.tolist()
+        sizes = _numbers([*(size for size, _ in before), *_sizes(_plain(gradients.values()))])
+        was, now = sizes[: len(before)], sizes[len(before) :]
         if was == now and all(map(math.isfinite, now)):
             taken = [float(size > 0) for size in now]
             return Changes(dict(zip(gradients, taken, strict=True)), {})  # untouched: the same bits by the same sum
-        ends = [*(ends for _, ends in before), *_ends(gradients.values())]
-        peaks = _numbers([end for pair in ends for end in pair]).reshape(2, -1, 2).abs().amax(2)
-        raw, given = torch.stack([sizes, peaks], dim=2)  # shapes: (n, 2)
+        ends = [*(ends for _, ends in before), *_ends(_plain(gradients.values()))]
+        peaks = torch.tensor(_numbers([end for pair in ends for end in pair]), dtype=torch.float64)
+        peaks = peaks.reshape(2, -1, 2).abs().amax(2)
+        raw, given = torch.stack([torch.tensor([was, now], dtype=torch.float64), peaks], dim=2)  # shapes: (n, 2)
         if not (raw.isfinite().all() and given.isfinite().all()):
             raise NotFiniteError("gradients must be finite, found NaN or infinity; the training diverged")
         return explained(gradients, raw, given)
@@ -166,9 +167,9 @@ class GradientWatch:
             one.fresh &= not (self._kept[name] and name in self._counting)
             alone = self._alone(parameter)
             if self._kept[name] or self._processes or not alone:
-                one.norms[name] = _sizes([gradient])[0]
+                one.norms[name] = _sizes(_plain([gradient]))[0]
             if not alone:
-                self._own[name] = _ends([gradient])[0]
+                self._own[name] = _ends(_plain([gradient]))[0]
 
         return note
 
@@ -189,7 +190,8 @@ class GradientWatch:
                     _when_over(lambda: self._measure(one, place), late=self._processes)
                 one.late.append(name)
             elif self._kept[name] and parameter.grad is not None:
-                self._raw[name] = (place, (_sizes([parameter.grad])[0], _ends([parameter.grad])[0]))
+                plain = _plain([parameter.grad])
+                self._raw[name] = (place, (_sizes(plain)[0], _ends(plain)[0]))
             else:
                 self._raw[name] = (place, (one.norms[name], own))
 
@@ -205,7 +207,8 @@ class GradientWatch:
         names = [*self._parameters] if self._processes else one.late  # another process may have had more of them
         left = {name: g for name in names if (g := self._parameters[name].grad) is not None}
         one.late.clear()
-        for name, size, ends in zip(left, _sizes(left.values()), _ends(left.values()), strict=True):
+        plain = _plain(left.values())
+        for name, size, ends in zip(left, _sizes(plain), _ends(plain), strict=True):
             self._raw[name] = (place, (size, ends))
             if not (self._processes or self._kept[name]):
                 one.norms[name] = size
@@ -217,25 +220,25 @@ def _when_over(do: Callable[[], None], late: bool) -> None:
     queue((lambda: queue(do)) if late else do)
 
 
-def _sizes(gradients: Iterable[Tensor]) -> list[Tensor]:
+def _sizes(gradients: list[Tensor]) -> list[Tensor]:
     """The Euclidean norm of each, a scalar."""
-    return list(torch._foreach_norm(plain)) if (plain := _plain(gradients)) else []
+    return list(torch._foreach_norm(gradients)) if gradients else []
 
 
-def _ends(gradients: Iterable[Tensor]) -> list[Ends]:
+def _ends(gradients: list[Tensor]) -> list[Ends]:
     """The least and the largest entry of each: in one pass, many times as fast as the largest norm on a CPU."""
-    return [torch.aminmax(g) for g in _plain(gradients)]
+    return [torch.aminmax(g) for g in gradients]
 
 
 def _plain(gradients: Iterable[Tensor]) -> list[Tensor]:
     """Without their history, and no shorter than single precision: the squares of half precision overflow."""
-    found = [g.detach() for g in gradients]
+    found = [g.detach() if g.requires_grad else g for g in gradients]
     return [g.float() if g.element_size() < 4 else g for g in found]
 
 
-def _numbers(values: list[Tensor]) -> Tensor:
-    """Scalars from any devices, (n,) in double precision."""
+def _numbers(values: list[Tensor]) -> list[float]:
+    """Scalars from any devices, one transfer for all."""
     device = values[0].device
     if any(value.device != device for value in values):
         values = [value.to(device) for value in values]
-    return torch.stack(values).double().cpu()
+    return torch.stack(values).tolist()
