@@ -141,7 +141,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "FAB": 150,
         "APGD bisection": 400,
         "neighbours": 60,
-        "vicinity": 1200,
+        "vicinity": 1150,
         "PGD": 40,
         "APGD-CE": 100,
         "APGD-T": 250,

@@ -77,7 +77,7 @@ class Quadrature:
 
     segment: int = 8
     nodes: int = 3
-    most: int = 27
+    most: int = 81
     tolerance: float = 0.015
     gauss: bool = False
 
