@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from brittle.bounds import Bounds, within
+from brittle.bounds import Bounds, ends, within
 from brittle.records import Norm
 
 Projection = Callable[[Tensor], Tensor]
@@ -32,6 +32,9 @@ ROUNDS = 12
 
 SETTLED = 1e-4
 """Relative change of t at which it does."""
+
+ROUNDING, ULPS = 1e-6, 4
+"""What may lie beyond epsilon for rounding: relative to it, and in units of the largest input's last place."""
 
 HALVINGS = 40
 """Of the interval of t in L1."""
@@ -74,7 +77,8 @@ def steepest(
     if norm in ("l2", "linf") and len(gradient):
         length = size(gradient, "l2")
         least = torch.finfo(length.dtype).tiny ** 0.4  # above it no square underflows that counts
-        if least < length.min().item() <= length.max().item() < torch.inf:
+        low, high = torch.stack(torch.aminmax(length)).tolist()
+        if least < low <= high < torch.inf:
             if norm == "linf":
                 return torch.sign(gradient, out=out)
             return torch.div(gradient, spread(length, gradient), out=out)
@@ -106,6 +110,11 @@ def put(rows: Tensor, these: Tensor, others: Tensor, spare: Tensor) -> None:
     """
     if len(rows):
         others.index_copy_(0, rows, torch.index_select(these, 0, rows, out=spare[: len(rows)]))
+
+
+def reached(epsilon: float, bounds: Bounds) -> float:
+    """Epsilon, and what rounding may add to it: in single precision inputs round to about 1e-7 of the bounds."""
+    return epsilon * (1 + ROUNDING) + ULPS * torch.finfo(torch.float32).eps * max(map(abs, ends(bounds)))
 
 
 def room(inputs: Tensor, bounds: Bounds, norm: Norm) -> Tensor:

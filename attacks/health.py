@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from brittle.attacks.apgd import Climb, climb
-from brittle.attacks.geometry import room, spread
+from brittle.attacks.geometry import reached, room, spread
 from brittle.attacks.problem import Problem
 from brittle.attacks.returned import Check, distances, eight_bits, graded, labels
 from brittle.attacks.search import Search
@@ -61,7 +61,7 @@ def examine(
         lambda: gradients(some, generator),
         lambda: outputs(some),
         lambda: randomness(some),
-        lambda: black_box(rows),
+        lambda: black_box(problem, rows),
         lambda: unbounded(some, generator),
         lambda: convergence(some, rows, generator),
         lambda: distances(problem, rows),
@@ -133,14 +133,14 @@ def randomness(problem: Problem) -> Check:
     )
 
 
-def black_box(rows: Sequence[AttackRows]) -> Check:
+def black_box(problem: Problem, rows: Sequence[AttackRows]) -> Check:
     """Inputs that Square fooled and no attack with gradients fooled at most as far away as its epsilon."""
     blind = [r for r in rows if r.attack == "Square"]
     seeing = [r for r in rows if r.attack != "Square"]
     if not blind or not seeing:
         return Check("black box", "pass", 0.0, "no black-box attack was run beside one with gradients")
     epsilon = blind[0].epsilon or 0.0
-    found = torch.stack([r.success & (r.distance <= epsilon * (1 + 1e-6)) for r in seeing]).any(0)
+    found = torch.stack([r.success & (r.distance <= reached(epsilon, problem.bounds)) for r in seeing]).any(0)
     ahead = blind[0].success & ~found
     share = ahead.double().mean().item()
     sentence = f"the black-box attack alone fooled {int(ahead.sum())} of {len(ahead)} inputs within {epsilon:.3g}"

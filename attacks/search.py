@@ -22,13 +22,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from brittle.attacks.geometry import distance, size, spread
+from brittle.attacks.geometry import distance, reached, size, spread
 from brittle.attacks.problem import EVERY, Problem, Rows, doubt
 from brittle.bounds import within
 from brittle.records import AttackRows
-
-ROUNDING = 1e-6
-"""Relative excess over epsilon that is rounding's."""
 
 
 class Spent(Exception):  # noqa: N818
@@ -40,13 +37,15 @@ class Search:
 
     Args:
         keep: what makes a success the best: that it is the nearest, or the surest (the largest margin of error).
-        epsilon: successes farther than that do not count.
+        epsilon: successes farther than that do not count. Where the surest is kept, all points that are asked about
+            must have been drawn within it: only the best one's distance is measured, at the end.
     """
 
     def __init__(
         self, problem: Problem, keep: Literal["nearest", "surest"] = "nearest", epsilon: float | None = None
     ) -> None:
-        self.problem, self._keep, self._epsilon = problem, keep, epsilon
+        self.problem, self._keep = problem, keep
+        self._farthest = torch.inf if epsilon is None else reached(epsilon, problem.bounds)
         self.inputs = problem.inputs.clone()  # shape: (B, *input), the best success; the input itself before
         self.classes = problem.labels.clone()  # shape: (B,) predicted there
         self.best = problem.inputs.new_full((len(problem),), torch.inf)  # shape: (B,) distance or margin there
@@ -103,8 +102,8 @@ class Search:
         cap = self.problem.cap
         if cap is not None and bool((self.evaluations[rows] + evaluations > cap).all()):
             raise Spent
-        self.evaluations[rows] += evaluations
-        self.backwards[rows] += backwards
+        _count(self.evaluations, rows, evaluations)
+        _count(self.backwards, rows, backwards)
 
     def pull_in(self, steps: int) -> None:
         """Halve the gap between each success and its input `steps` times. Cost: `steps` evaluations."""
@@ -124,16 +123,16 @@ class Search:
 
     def rows(self, attack: str, kind: Literal["minimal", "fixed"], epsilon: float | None = None) -> AttackRows:
         """What was found, as the record that every attack returns."""
-        success = self.best.isfinite()
         far = distance(self.problem.inputs, self.inputs, self.problem.norm)
+        success = self.best.isfinite() & (far <= self._farthest)
         return AttackRows(
             attack=attack,
             norm=self.problem.norm,
             kind=kind,
-            adversarials=self.inputs,
+            adversarials=torch.where(spread(success, self.inputs), self.inputs, self.problem.inputs),
             distance=torch.where(success, far, torch.inf),
             success=success,
-            new_class=self.classes,
+            new_class=torch.where(success, self.classes, self.problem.labels),
             evaluations=self.evaluations,
             epsilon=epsilon,
             backwards=self.backwards,
@@ -151,7 +150,7 @@ class Search:
             if len(some) and not some.any():
                 raise Spent
             some = EVERY if some.all() else some
-        self.evaluations[rows] += self._price(rows, some)
+        _count(self.evaluations, rows, self._price(rows, some))
         return some
 
     def _price(self, rows: Rows, some: Rows) -> Tensor | int:
@@ -163,27 +162,35 @@ class Search:
 
     def _see(self, points: Tensor, logits: Tensor, rows: Rows) -> None:
         """Keep what is better than the best so far."""
-        problem = self.problem
-        margin = problem.margin(logits, rows)
-        wrong = margin < (0 if self._keep == "nearest" else self.best[rows].clamp_max(0))
-        seen = wrong.nonzero()[:, 0]  # what might be better; the rest is not looked at any closer
-        if not len(seen):
+        problem, margin = self.problem, self.problem.margin(logits, rows)
+        wrong = margin < -doubt(logits)
+        if self._keep == "nearest":
+            kept, cost = self._nearer(points, wrong.nonzero()[:, 0], rows)
+        else:
+            kept = (wrong & (margin < self.best[rows])).nonzero()[:, 0]
+            cost = margin[kept]
+        if not len(kept):
             return
-        ours, logits, margin = self._every[rows][seen], logits[seen], margin[seen]
-        here = torch.index_select(points, 0, seen, out=self._here[: len(seen)])
-        offset = torch.index_select(problem.inputs, 0, ours, out=self._offset[: len(seen)])
-        far = size(torch.sub(here, offset, out=offset), problem.norm)
-        cost = far if self._keep == "nearest" else margin
-        better = (margin < -doubt(logits)) & (cost < self.best[ours])
-        if self._epsilon is not None:
-            better &= far <= self._epsilon * (1 + ROUNDING)
-        kept = better.nonzero()[:, 0]
-        ours, far = ours[kept], far[kept]
-        self.inputs.index_copy_(0, ours, torch.index_select(here, 0, kept, out=offset[: len(kept)]))
+        ours = self._every[rows][kept]
+        self.inputs.index_copy_(0, ours, torch.index_select(points, 0, kept, out=self._here[: len(kept)]))
         self.classes[ours] = logits[kept].argmax(1)
-        self.best[ours] = cost[kept]
+        self.best[ours] = cost
         if problem.enough is not None:
-            self._done[ours[far <= problem.enough]] = True
+            far = cost if self._keep == "nearest" else self._far(points, kept, ours)
+            self._done[ours[far <= reached(problem.enough, problem.bounds)]] = True
+
+    def _nearer(self, points: Tensor, wrong: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Which of the wrong points are nearer than the best so far, and their distances."""
+        ours = self._every[rows][wrong]
+        far = self._far(points, wrong, ours)
+        nearer = (far < self.best[ours]) & (far <= self._farthest)
+        return wrong[nearer], far[nearer]
+
+    def _far(self, points: Tensor, some: Tensor, ours: Tensor) -> Tensor:
+        """Distance of some of the points to the inputs that they stand for, (B',)."""
+        here = torch.index_select(points, 0, some, out=self._here[: len(some)])
+        offset = torch.index_select(self.problem.inputs, 0, ours, out=self._offset[: len(some)])
+        return size(torch.sub(here, offset, out=offset), self.problem.norm)
 
 
 class Asked:
@@ -200,12 +207,20 @@ class Asked:
         The first time it is part of the evaluation, after that an evaluation of its own.
         """
         price = self._search._price(self._rows, self._some)
-        self._search.backwards[self._rows] += price
+        _count(self._search.backwards, self._rows, price)
         if self._pulled:
-            self._search.evaluations[self._rows] += price
+            _count(self._search.evaluations, self._rows, price)
         self._pulled = True
         (gradient,) = torch.autograd.grad(values, self._points, upstream, retain_graph=upstream is not None)
         return _placed(gradient, self._some, len(self.logits))
+
+
+def _count(counter: Tensor, rows: Rows, more: Tensor | int) -> None:
+    """Add to a counter at some rows; all of them without a copy."""
+    if rows is EVERY:
+        counter += more
+    else:
+        counter[rows] += more
 
 
 def _placed(values: Tensor, some: Rows, count: int) -> Tensor:

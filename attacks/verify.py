@@ -11,13 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from brittle.attacks.geometry import distance, spread
-from brittle.bounds import width
+from brittle.attacks.geometry import distance, reached, spread
 from brittle.records import OUTCOMES, AttackRows, Queries
 from brittle.subject import Subject
-
-ROUNDING = 1e-5
-"""How far beyond epsilon rounding may carry an adversarial, in units of epsilon and of the bounds' width each."""
 
 FOOLED = OUTCOMES.index("fooled")
 
@@ -32,7 +28,7 @@ def verified(rows: AttackRows, subject: Subject, queries: Queries) -> AttackRows
     wrong, stands = _wrong(rows), rows.success & fine.flatten(1).all(1)
     far = distance(queries.inputs, rows.adversarials, rows.norm)
     if rows.epsilon is not None:
-        stands &= far <= rows.epsilon * (1 + ROUNDING) + ROUNDING * width(subject.bounds)
+        stands &= far <= reached(rows.epsilon, subject.bounds)
     inputs = torch.where(spread(stands, rows.adversarials), rows.adversarials, queries.inputs)
     classes = subject.predict(inputs).argmax(1)
     stands &= classes != queries.targets

@@ -18,6 +18,7 @@ from brittle.attacks.fab import fab
 from brittle.attacks.fmn import fmn
 from brittle.attacks.foolbox_suite import pgd
 from brittle.attacks.isolation import attacked
+from brittle.attacks.problem import Problem
 from brittle.attacks.search import Search
 from brittle.attacks.square import square
 from brittle.errors import UsageError
@@ -206,8 +207,42 @@ def test_a_random_model_is_judged_by_its_mean() -> None:
 
 def test_successes_beyond_epsilon_do_not_count() -> None:
     problem = linear_problem("l2", at_bounds=False)
-    least = linear_distance(problem)
-    search = Search(replace(problem, bounds=(-99.0, 99.0)), epsilon=least.median().item())
+    epsilon = 1.001 * linear_distance(problem).median().item()
+    search = Search(replace(problem, bounds=(-99.0, 99.0)), epsilon=epsilon)
     rows = fmn(replace(problem, bounds=(-99.0, 99.0)), generator=generator())
     search.look(rows.adversarials)
-    assert torch.equal(search.best.isfinite(), rows.distance <= least.median())
+    assert torch.equal(search.best.isfinite(), rows.distance <= epsilon)
+    assert 0 < search.best.isfinite().sum() < len(problem)
+
+
+@pytest.mark.parametrize("attack", [auto_pgd, auto_pgd_targets, pgd, square])
+def test_a_distance_of_which_rounding_is_a_part_is_no_obstacle(attack: Attack) -> None:
+    """Half a level of 255 in single precision: inputs near 1 round by more than a millionth of it."""
+    g = generator()
+    weight, inputs = torch.randn(2, 300, generator=g), torch.rand(200, 300, generator=g)
+    logits = lambda x: (x - 0.5) @ weight.T  # noqa: E731
+    gap, reach = weight[1] - weight[0], 0.5 / 255
+    problem = Problem(logits, inputs, logits(inputs).argmax(1), "linf", (0.0, 1.0))
+    way = gap.sign() * (1 - 2 * problem.labels[:, None])
+    worst = problem.margin(logits((inputs + reach * way).clamp(0, 1)))
+    rows = attack(problem, epsilon=reach, generator=generator(), steps=300)
+    assert (worst < -0.01).sum() >= 5
+    if attack is square:
+        assert rows.success[worst < -0.01].any()
+    else:
+        assert rows.success[worst < -0.01].all()
+    assert not rows.success[worst > 0.01].any()
+    assert (rows.distance[rows.success] <= reach * 1.001).all()
+
+
+def test_the_surest_success_is_measured_at_the_end() -> None:
+    """Where the surest is kept, points are drawn within epsilon before they are asked about; one that was not fails."""
+    problem = linear_problem("l2", at_bounds=False)
+    least = linear_distance(problem)
+    far = fmn(problem, generator=generator())
+    search = Search(problem, keep="surest", epsilon=1.001 * least.median().item())
+    search.look(far.adversarials)
+    rows = search.rows("", "fixed", 1.0)
+    assert torch.equal(rows.success, far.distance <= 1.001 * least.median())
+    assert rows.distance[~rows.success].isinf().all()
+    assert torch.equal(rows.adversarials[~rows.success], problem.inputs[~rows.success])

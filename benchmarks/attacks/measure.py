@@ -26,6 +26,7 @@ from brittle.attacks import (
     suite,
 )
 from brittle.attacks.envelope import envelope
+from brittle.attacks.geometry import reached
 from brittle.kernel.differentiable import differentiable_mass
 from brittle.kernel.memory import build
 from brittle.kernel.tangent import tangent_memory
@@ -181,7 +182,7 @@ def against_auto_attack(subject: Subject, queries: Queries, preset: str) -> dict
         enough={"linf": EPSILON},
     )
     best = envelope(ours, "linf")
-    kept = (best.distance > EPSILON * (1 + 1e-6)).double().mean().item()
+    kept = (best.distance > reached(EPSILON, subject.bounds)).double().mean().item()
     spent = best.evaluations.double().mean().item()
     print(
         f"  hold within {EPSILON}: ours {kept:.1%} ({spent:.0f}), AutoAttack {held.double().mean():.1%} ({allowed:.0f})"

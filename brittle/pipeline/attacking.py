@@ -17,8 +17,9 @@ from typing import Any
 from brittle.agreement import wilson
 from brittle.assemble.estimates import median
 from brittle.attacks.envelope import envelope
+from brittle.attacks.geometry import reached
 from brittle.attacks.plan import members
-from brittle.attacks.verify import ROUNDING
+from brittle.bounds import Bounds
 from brittle.errors import DataError
 from brittle.findings import Estimate, HealthCheck
 from brittle.kernel.memory import Memory
@@ -59,6 +60,7 @@ class Attacked:
     rows: list[AttackRows]
     health: list[HealthCheck]
     epsilon: float | None
+    bounds: Bounds
 
     @property
     def verdict(self) -> str:
@@ -71,7 +73,7 @@ class Attacked:
     def nearest(self, norm: Norm) -> tuple[Estimate, Estimate | None]:
         """Median distance over all attacks, and the share that holds within epsilon, where one was named."""
         far = envelope(self.rows, norm).distance.double()
-        beyond = None if self.epsilon is None else int((far > self.epsilon * (1 + ROUNDING)).sum())
+        beyond = None if self.epsilon is None else int((far > reached(self.epsilon, self.bounds)).sum())
         held = None if beyond is None else wilson(beyond, len(far))
         return median(far), held
 
@@ -99,7 +101,7 @@ def attack(c: Context, wish: Wish) -> Attacked:
     else:
         rows, checks = _wished(c, wish, built)
     c.stages.run.add_failures(attack_rows(c.subject, right, rows, [[]] * len(right)))
-    return Attacked(len(right), len(sealed) - len(right), rows, checks, wish.epsilon)
+    return Attacked(len(right), len(sealed) - len(right), rows, checks, wish.epsilon, c.subject.bounds)
 
 
 def _wished(c: Context, wish: Wish, built: Memory) -> tuple[list[AttackRows], list[HealthCheck]]:
