@@ -356,7 +356,7 @@ def test_a_stretch_needs_the_later_steps_only_as_long_as_momentum_lasts(tmp_path
 def low_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linear weights of any size are kept of low rank, and nothing is left out."""
     monkeypatch.setattr("brittle.kernel.mixed.LEAST", 1)
-    monkeypatch.setattr("brittle.kernel.credit.LEFT_OUT", 0.0)
+    monkeypatch.setattr("brittle.kernel.sweep.LEFT_OUT", 0.0)
     monkeypatch.setattr("brittle.kernel.lowrank.LowRank.dear", False)
 
 

@@ -18,17 +18,18 @@ from brittle.kernel.lowrank import LowRank, added
 from brittle.kernel.mixed import Layout, Mixed
 from brittle.path.rules import StepRule, pull_back
 
-LEFT_OUT = 3e-3
-"""Share of a matrix's norm that may be left out for fewer terms."""
-
 IN_HAND = torch.tensor([1.0, 0.0])
 """J itself, as coefficients of J and E."""
 
 
 class Credit:
-    """The credit of M outputs. Its `layout` becomes plain where terms are too many, or a rule is not plain."""
+    """The credit of M outputs. Its `layout` becomes plain where terms are too many, or a rule is not plain.
 
-    def __init__(self, layout: Layout, rows: int, like: Tensor) -> None:
+    left_out: share of a matrix's norm that may be left out for fewer terms.
+    """
+
+    def __init__(self, layout: Layout, rows: int, like: Tensor, left_out: float) -> None:
+        self._left_out = left_out
         self._held = Mixed(layout, like.new_zeros(rows, layout.width), {})
         self._jacobian, self._coefficients = self._held, torch.zeros(2)
         self._terms: Mapping[Span, LowRank] = {}
@@ -39,8 +40,8 @@ class Credit:
 
     def enter(self, jacobian: Mixed) -> None:
         """Begin a segment, later ones being done. jacobian: J of the segment."""
-        held = replace(self._held, low=self._weighed()).shortened(LEFT_OUT)
-        jacobian = jacobian.shortened(LEFT_OUT)
+        held = replace(self._held, low=self._weighed()).shortened(self._left_out)
+        jacobian = jacobian.shortened(self._left_out)
         self._begin(jacobian, held)
         if any(terms.dear for terms in self._terms.values()):
             self._begin(jacobian.multiplied_out(), held.multiplied_out())

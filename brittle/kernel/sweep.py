@@ -60,6 +60,9 @@ GROWTH = 1.5
 TAIL = 1e-9
 """Share of a momentum buffer that may be cut off where a stretch begins."""
 
+LEFT_OUT = 0.25
+"""Share of a credit's norm that may be left out for fewer terms (`credit`), over the tolerance."""
+
 LONGER, FEWEST = 4, 16
 """How much longer than its warm-up a stretch is at least, and the fewest steps that are taken for one."""
 
@@ -210,13 +213,14 @@ class _Account:
         first = outputs_at(subject, flat, path.snapshot(0).state, inputs, pairs)
         learned = (self.output - first).abs().mean().item()
         self.allowed = q.tolerance * learned / (lines + (path.average is not None)) ** 0.5
+        self.left_out = LEFT_OUT * q.tolerance
         self.counted = 0  # lines so far
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=device)  # noqa: E731
-        self.contributions = zeros(m, len(subject.train))
+        self.contributions = zeros(len(subject.train), m)  # by example: rows are added to, and lie together
         self.decay, self.buffers, self.explained, self.moved = zeros(m), zeros(m), zeros(m), zeros(m)
         self.hidden = torch.zeros(0, dtype=torch.int64)  # coordinates without a gradient but rounding
         self.hidden_moved, self.hidden_explained = zeros(m), zeros(m)
-        self.credit = Credit(Layout(len(flat)), m, flat.state)
+        self.credit = Credit(Layout(len(flat)), m, flat.state, self.left_out)
         self.nodes, self.evaluations, self.drift = q.nodes, 0, 0.0
         self.averaging: Mixed | None = None  # J~ of the line to the averaged weights
 
@@ -226,7 +230,7 @@ class _Account:
         whole: the account begins at the audited weights, and counts that line.
         """
         self.hidden = check_step(self.subject, self.flat, last.steps[-1])
-        self.credit = Credit(self._layout(last.steps[-1]), len(self.inputs), self.flat.state)
+        self.credit = Credit(self._layout(last.steps[-1]), len(self.inputs), self.flat.state, self.left_out)
         if self.path.average is not None:
             device = self.flat.state.device
             ends = (self.path.snapshot(self.path.steps).state.to(device), self.path.average.to(device))
@@ -303,7 +307,7 @@ class _Account:
             credit = credit.scaled(step.rule.clip)
         for batch in step.batches:
             ids, shares = batch.credited(self._rows(step, batch, credit))
-            self.contributions.index_add_(1, ids.to(shares.device), shares)
+            self.contributions.index_add_(0, ids.to(shares.device), shares.T.contiguous())
             self.explained += shares.sum(1)
         self.decay += decay
         self.explained += decay
@@ -350,7 +354,7 @@ class _Account:
         hidden = self.hidden_moved - self.hidden_explained
         ledger = Ledger(
             start=start.cpu(),
-            contributions=self.contributions.cpu(),
+            contributions=self.contributions.T.contiguous().cpu(),
             decay=self.decay.cpu(),
             buffers=(self.buffers + hidden).cpu(),
             unexplained=(self.moved - self.explained - hidden).cpu(),
