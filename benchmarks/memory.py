@@ -51,7 +51,7 @@ from brittle.records import Pairs
 from brittle.shift import probe_inputs
 from brittle.subject import Subject
 
-SEGMENTS, MIDPOINTS = 32, 8
+SEGMENTS, MIDPOINTS = 26, 8
 AT_MOST = {"forward_passes": 400.0, "shift_residual": 0.3, "cost_ratio_n": 1.05}
 AT_LEAST = {"shift_cosine": 0.98, "shift_cosine_p5": 0.8, "top_leaving_agreement": 0.85, "class_cosine": 0.999}
 
