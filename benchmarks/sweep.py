@@ -44,7 +44,7 @@ from brittle.path.store import PathReader
 from brittle.records import Pairs
 from brittle.subject import Subject
 
-QUADRATURE = Quadrature(segment=40, nodes=1, most=27, tolerance=0.05)
+QUADRATURE = Quadrature(segment=40, nodes=1, most=81, tolerance=0.05)
 STEP_BY_STEP = Quadrature(segment=1, nodes=16, most=16, tolerance=0.0)
 BATCH, LR, MOMENTUM = 128, 0.05, 0.9
 AT_MOST, AT_LEAST = {"vs_training": 6.0, "relative_residual": 0.05}, {"cosine": 0.99}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from brittle.errors import UnsupportedError
 from brittle.kernel.credit import Credit
 from brittle.kernel.lowrank import LowRank
 from brittle.kernel.mixed import Layout
+from brittle.kernel.quadrature import Allowance, Line, line_gradient
 from brittle.kernel.sweep import Quadrature, Swept, segment_cuts, stretches, sweep
 from brittle.records import Ledger, Pairs
 
@@ -181,6 +183,36 @@ def test_tripled_nodes_are_the_nodes_themselves(tmp_path: Path) -> None:
     grown = swept(training, Quadrature(segment=4, nodes=1, most=9, tolerance=0.0))
     direct = swept(training, fixed(9, segment=4))
     assert torch.allclose(grown.ledger.contributions, direct.ledger.contributions, atol=1e-13)
+
+
+def test_a_line_is_held_to_its_own_share_first_and_then_to_the_sums() -> None:
+    """Misses of either sign: what one line misses beyond its share may be what another one gave back."""
+    allowance = Allowance(line=1.0, total=2.0, so_far=torch.tensor([3.0, -3.0]))
+    back, on = torch.tensor([-2.0, 2.0]), torch.tensor([0.5, -0.5])
+    assert not allowance.covers(back, finely=False)
+    assert allowance.covers(back, finely=True)
+    assert not allowance.covers(on, finely=False)
+    assert not allowance.covers(on, finely=True)
+    assert Allowance(1.0, 4.0, allowance.so_far).covers(on, finely=False)
+
+
+def test_the_last_midpoints_are_for_the_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = train("group norm", "momentum", tmp_path)
+    lines: list[int] = []
+
+    def noted(*args: Any, **options: Any) -> Line:
+        found = line_gradient(*args, **options)
+        lines.append(found.nodes)
+        return found
+
+    monkeypatch.setattr("brittle.kernel.sweep.line_gradient", noted)
+    monkeypatch.setattr("brittle.kernel.sweep._Account._missed", lambda account: torch.zeros_like(account.decay))
+    swept(training, Quadrature(segment=3, nodes=1, most=27, tolerance=1e-9))
+    assert set(lines) == {27}  # each line's miss alone is more than the sum may be
+    lines.clear()
+    monkeypatch.setattr("brittle.kernel.sweep.Allowance", lambda **given: Allowance(**{**given, "total": math.inf}))
+    swept(training, Quadrature(segment=3, nodes=1, most=27, tolerance=1e-9))
+    assert set(lines) == {9}
 
 
 @pytest.mark.parametrize("case", ["tanh", "cnn"])

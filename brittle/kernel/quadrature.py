@@ -60,10 +60,13 @@ class Allowance:
     total: float  # the sum of the misses up to this line
     so_far: Tensor  # shape: (M,) that sum before this line
 
-    def covers(self, missed: Tensor) -> bool:
-        """Whether a line may miss its increments by so much. missed: (M,)."""
-        by_line, in_all = missed.abs().mean(), (self.so_far + missed).abs().mean()
-        return by_line.item() <= self.line and in_all.item() <= self.total
+    def covers(self, missed: Tensor, finely: bool) -> bool:
+        """Whether a line may miss its increments by so much. missed: (M,).
+
+        finely: the line has been taken so finely that no more is asked of it than of the sum.
+        """
+        by_line, in_all = missed.abs().mean().item(), (self.so_far + missed).abs().mean().item()
+        return in_all <= self.total and (finely or by_line <= self.line)
 
 
 def midpoints(n: int) -> list[float]:
@@ -142,7 +145,8 @@ def line_gradient(
         layout: what of it is kept of low rank.
         ends: the states (P,) at both ends.
         increment: f(w_b) - f(w_a), shape (M,).
-        allowance: where a miss goes beyond it the number of nodes is tripled, up to `most`.
+        allowance: where a miss goes beyond it the number of nodes is tripled, up to a third of `most` for the line's
+            own miss, up to `most` for that of the sum.
         nodes: the number of midpoints to begin with.
         gauss: take as many Gauss-Legendre nodes instead, and do not refine.
     """
@@ -159,7 +163,7 @@ def line_gradient(
     jacobian = average(midpoints(nodes))
     while True:
         missed = increment - jacobian.dot(displacement)
-        if allowance.covers(missed) or 3 * nodes > most:
+        if 3 * nodes > most or allowance.covers(missed, finely=9 * nodes > most):
             return Line(jacobian, nodes)
         nodes *= 3
         fresh = [t for k, t in enumerate(midpoints(nodes)) if k % 3 != 1]

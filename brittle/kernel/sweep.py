@@ -72,7 +72,8 @@ class Quadrature:
     """How finely segments are taken.
 
     segment: steps that share one averaged gradient, fewer in a path of less than `SEGMENTS` such, and where the path
-    begins. nodes: midpoints to begin with. most: midpoints at most.
+    begins. nodes: midpoints to begin with. most: midpoints at most, a third of that where the sum of what lines miss
+        asks for no more.
     tolerance: the relative residual aimed at. Of L segments each may miss tolerance * (learned change) / sqrt(L), and
         the first l together sqrt(l) times that: as much as misses of either sign come to.
     gauss: Gauss-Legendre nodes, `nodes` of them, in place of midpoints: for smooth models, not refined.
