@@ -33,7 +33,7 @@ ROUNDS = 12
 SETTLED = 1e-4
 """Relative change of t at which it does."""
 
-ROUNDING, ULPS = 1e-6, 4
+ROUNDING, ULPS = 1e-5, 4
 """What may lie beyond epsilon for rounding: relative to it, and in units of the largest input's last place."""
 
 HALVINGS = 40

@@ -235,6 +235,17 @@ def test_a_distance_of_which_rounding_is_a_part_is_no_obstacle(attack: Attack) -
     assert (rows.distance[rows.success] <= reach * 1.001).all()
 
 
+def test_rounding_in_many_dimensions_is_no_obstacle() -> None:
+    """In L2 single precision puts points some millionths of epsilon beyond it, where an input has many numbers."""
+    g = generator()
+    weight, inputs = torch.randn(2, 50_000, generator=g), torch.rand(20, 50_000, generator=g)
+    logits = lambda x: (x - 0.5) @ weight.T / 200  # noqa: E731
+    problem = Problem(logits, inputs, logits(inputs).argmax(1), "l2", (0.0, 1.0))
+    far = problem.margin(logits(inputs)) / (weight[0] - weight[1]).norm() * 200
+    rows = auto_pgd(problem, 1.3 * far.median().item(), generator=generator(), steps=20)
+    assert rows.success[far <= far.median()].all()
+
+
 def test_the_surest_success_is_measured_at_the_end() -> None:
     """Where the surest is kept, points are drawn within epsilon before they are asked about; one that was not fails."""
     problem = linear_problem("l2", at_bounds=False)
