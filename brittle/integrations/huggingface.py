@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from brittle.errors import UnsupportedError
 from brittle.integrations import POSITIONS, MissingPackageError, part_of, tell_epoch
+from brittle.path.keeping import WRITING
 from brittle.path.recorder import Recorder
 
 try:
@@ -76,7 +77,7 @@ class RecorderCallback(TrainerCallback, ExportableState):
         inputs: str | None = None,
         average: nn.Module | None = None,
         budget: int = 2 << 30,
-        writing: float = 0.02,
+        writing: float = WRITING,
         repeats: bool = False,
     ) -> None:
         self.out, self.ids, self.inputs, self.average = Path(out), ids, inputs, average

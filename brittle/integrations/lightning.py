@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from brittle.errors import DataError, UnsupportedError
 from brittle.integrations import POSITIONS, MissingPackageError, part_of, tell_epoch
+from brittle.path.keeping import WRITING
 from brittle.path.recorder import Recorder
 
 try:
@@ -88,7 +89,7 @@ class RecorderCallback(Callback):
         model: str = "",
         average: str | None = None,
         budget: int = 2 << 30,
-        writing: float = 0.02,
+        writing: float = WRITING,
         repeats: bool = False,
     ) -> None:
         self.out, self.ids, self.model, self.average = Path(out), ids, model, average

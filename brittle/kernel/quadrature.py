@@ -160,10 +160,10 @@ def line_gradient(
 
     if gauss:
         return Line(average(*gauss_nodes(nodes)), nodes)
-    jacobian = average(midpoints(nodes))
+    jacobian, own = average(midpoints(nodes)), most // 3
     while True:
         missed = increment - jacobian.dot(displacement)
-        if 3 * nodes > most or allowance.covers(missed, finely=9 * nodes > most):
+        if 3 * nodes > most or allowance.covers(missed, finely=3 * nodes > own):
             return Line(jacobian, nodes)
         nodes *= 3
         fresh = [t for k, t in enumerate(midpoints(nodes)) if k % 3 != 1]

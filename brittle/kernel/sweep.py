@@ -214,14 +214,13 @@ class _Account:
         first = outputs_at(subject, flat, path.snapshot(0).state, inputs, pairs)
         learned = (self.output - first).abs().mean().item()
         self.allowed = q.tolerance * learned / (lines + (path.average is not None)) ** 0.5
-        self.left_out = LEFT_OUT * q.tolerance
         self.counted = 0  # lines so far
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=device)  # noqa: E731
         self.contributions = zeros(len(subject.train), m)  # by example: rows are added to, and lie together
         self.decay, self.buffers, self.explained, self.moved = zeros(m), zeros(m), zeros(m), zeros(m)
         self.hidden = torch.zeros(0, dtype=torch.int64)  # coordinates without a gradient but rounding
         self.hidden_moved, self.hidden_explained = zeros(m), zeros(m)
-        self.credit = Credit(Layout(len(flat)), m, flat.state, self.left_out)
+        self.credit = self._credit(Layout(len(flat)))
         self.nodes, self.evaluations, self.drift = q.nodes, 0, 0.0
         self.averaging: Mixed | None = None  # J~ of the line to the averaged weights
 
@@ -231,7 +230,7 @@ class _Account:
         whole: the account begins at the audited weights, and counts that line.
         """
         self.hidden = check_step(self.subject, self.flat, last.steps[-1])
-        self.credit = Credit(self._layout(last.steps[-1]), len(self.inputs), self.flat.state, self.left_out)
+        self.credit = self._credit(self._layout(last.steps[-1]))
         if self.path.average is not None:
             device = self.flat.state.device
             ends = (self.path.snapshot(self.path.steps).state.to(device), self.path.average.to(device))
@@ -337,6 +336,9 @@ class _Account:
         if not len(self.hidden):
             return torch.zeros_like(self.decay)
         return (pulled.dense[:, self.hidden] @ vector[self.hidden]).double()
+
+    def _credit(self, layout: Layout) -> Credit:
+        return Credit(layout, len(self.inputs), self.flat.state, LEFT_OUT * self.q.tolerance)
 
     def _layout(self, last: WalkedStep) -> Layout:
         """What may be kept of low rank: large linear weights, where neither rows nor averaged weights forbid it."""

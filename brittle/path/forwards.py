@@ -9,7 +9,6 @@ unless it is reentrant: then gradients come from this one.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,9 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from brittle.path.observed import AUTOCAST
-
-NOT_DESCRIBED = (math.nan,) * 3
+from brittle.path.observed import AUTOCAST, NOT_DESCRIBED
 
 
 @dataclass

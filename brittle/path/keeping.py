@@ -27,6 +27,9 @@ BLOCKS_IN_BUDGET = 8
 """A block takes at most this part of the budget: it holds while one is written, and while another is thinned."""
 
 
+WRITING = 0.02
+"""Part of the training's time that writing may take where nothing else is asked for."""
+
 LOOK_SECONDS = 2.0
 """Of training between two looks at what writing takes."""
 

@@ -9,7 +9,7 @@ import torch
 from brittle.errors import PathMismatchError
 from brittle.path.flat import FlatModel, layout, state_of
 from brittle.path.forwards import ForwardWatch
-from brittle.path.observed import Batch, Step
+from brittle.path.observed import NOT_DESCRIBED, Batch, Step
 from brittle.path.recipe import OBSERVED
 from brittle.path.replay import DRIFT_LIMIT, intervals, moves_of, retrace
 from brittle.path.rerun import batch_gradient, batch_inputs, batch_targets, training_loss
@@ -115,7 +115,7 @@ def _seen_now(subject: Subject, flat: FlatModel, batch: Batch, seen: Step) -> tu
     state = flat.state.clone()
     try:
         training_loss(subject, flat, batch, seen.manner.resting)
-        return watch.last.seen if watch.last else (math.nan,) * 3
+        return watch.last.seen if watch.last else NOT_DESCRIBED
     finally:
         watch.close()
         flat.load(state)

@@ -18,6 +18,10 @@ AUTOCAST: tuple[torch.dtype | None, ...] = (None, torch.bfloat16, torch.float16)
 """The precisions of a forward pass, by the number that the store writes."""
 
 
+NOT_DESCRIBED = (math.nan,) * 3
+"""In place of the numbers that describe what came in."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """One forward and backward pass.
@@ -33,7 +37,7 @@ class Batch:
     epoch: int = 0
     norm: float = 1.0
     autocast: int = 0  # place in AUTOCAST
-    seen: tuple[float, float, float] = (float("nan"),) * 3
+    seen: tuple[float, float, float] = NOT_DESCRIBED
     shares: Tensor | None = None  # shape: (B, K)
     inputs: Tensor | None = None  # shape: (B, *shape)
     targets: Tensor | None = None  # shape: (B, ...)

@@ -38,7 +38,7 @@ def checked_call(
     ids = ids.detach().to("cpu", torch.int64, copy=True)
     rows = ids if ids.dim() == 1 else ids[:, 0]
     listed = rows.tolist()
-    if not listed or min(listed if ids.dim() == 1 else ids.flatten().tolist(), default=-1) < 0:
+    if min(ids.flatten().tolist(), default=-1) < 0:
         raise DataError(
             f"batch() needs the positions of the batch's examples, counted from 0, found {ids.flatten().tolist()[:5]}"
         )
@@ -76,7 +76,7 @@ def matched(
             "each step must begin without gradients, found those of the step before; call optimizer.zero_grad() before "
             "the backward pass"
         )
-    if len(calls) == len(passes) == len(alive) == 1:
+    if len(calls) == len(passes) == len(alive) == 1:  # the usual step, either reading
         return [(calls[0], passes[0])]
     places = [k for k, one in enumerate(passes) if any(one is living for living in alive)]
     cuts = [call.at for call in calls]

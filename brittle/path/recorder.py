@@ -32,7 +32,7 @@ from brittle.path import store
 from brittle.path.average import AverageWatch
 from brittle.path.flat import keep_freed_memory, layout, on_cpu, state_of
 from brittle.path.forwards import ForwardWatch, resting
-from brittle.path.keeping import Keeper
+from brittle.path.keeping import WRITING, Keeper
 from brittle.path.observed import Manner, Snapshot, Step
 from brittle.path.passes import Call, batch_of, checked_call, matched
 from brittle.path.processes import check_all_record, gathered, world
@@ -77,7 +77,7 @@ class Recorder:
         budget: int = 2 << 30,
         *,
         average: nn.Module | None = None,
-        writing: float = 0.02,
+        writing: float = WRITING,
         repeats: bool = False,
         resume: int | None = None,
     ) -> None:

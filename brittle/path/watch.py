@@ -190,8 +190,7 @@ class GradientWatch:
                     _when_over(lambda: self._measure(one, place), late=self._processes)
                 one.late.append(name)
             elif self._kept[name] and parameter.grad is not None:
-                plain = _plain([parameter.grad])
-                self._raw[name] = (place, (_sizes(plain)[0], _ends(plain)[0]))
+                self._raw[name] = (place, _norms([parameter.grad])[0])
             else:
                 self._raw[name] = (place, (one.norms[name], own))
 
@@ -207,17 +206,22 @@ class GradientWatch:
         names = [*self._parameters] if self._processes else one.late  # another process may have had more of them
         left = {name: g for name in names if (g := self._parameters[name].grad) is not None}
         one.late.clear()
-        plain = _plain(left.values())
-        for name, size, ends in zip(left, _sizes(plain), _ends(plain), strict=True):
-            self._raw[name] = (place, (size, ends))
+        for name, norms in zip(left, _norms(left.values()), strict=True):
+            self._raw[name] = (place, norms)
             if not (self._processes or self._kept[name]):
-                one.norms[name] = size
+                one.norms[name] = norms[0]
 
 
 def _when_over(do: Callable[[], None], late: bool) -> None:
     """Do something when the present backward pass is over; late: after all that is to be done then by others."""
     queue = torch.autograd.Variable._execution_engine.queue_callback
     queue((lambda: queue(do)) if late else do)
+
+
+def _norms(gradients: Iterable[Tensor]) -> list[Norms]:
+    """Both norms of each."""
+    plain = _plain(gradients)
+    return list(zip(_sizes(plain), _ends(plain), strict=True))
 
 
 def _sizes(gradients: list[Tensor]) -> list[Tensor]:
